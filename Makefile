@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.10+ and nothing else. TORCH=system uses the torch that is installed.
+PYTHON ?= python3
+TORCH ?= pinned
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+ifeq ($(TORCH),system)
+VENV_FLAGS := --system-site-packages
+PINS := grep -v '^torch=='
+else
+PINS := cat
+endif
+
+.PHONY: demo test test-full lint bench clean
+
+demo: $(VENV)/.train
+	$(BIN)/fastsae demo
+
+test: $(VENV)/.test lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-full: $(VENV)/.test lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: $(VENV)/.test
+	$(BIN)/python -m bench.train_step
+
+$(VENV)/.base: pyproject.toml constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PINS) constraints.txt > $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt torch
+	touch $@
+
+$(VENV)/.train: $(VENV)/.base
+	$(PIP) -c $(VENV)/constraints.txt -e ".[train]"
+	$(PIP) --no-deps -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PIP) -c $(VENV)/constraints.txt -e ".[train,peers,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,225 @@
+"""Rows of activations from a language model, the first positions and massive rows set aside.
+
+The first position of a context has a norm some 150 times the median whatever its token, and
+about one later row in 3,000 is as massive, with most of its length in a single dimension. A
+handful of such rows would carry nearly all the variance that an SAE is asked to explain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastsae.data.hooks import HookPoint, capture, d_at
+from fastsae.data.language_model import LanguageModel
+
+_CALIBRATION_ROWS = 8192
+"""Rows that decide the median norm; more change it by less than a percent."""
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """Which rows an SAE is trained on: kept iff position >= skip_first and norm <= norm_limit."""
+
+    skip_first: int = 1
+    norm_limit: float = math.inf
+
+    def keep(self, x: Float[Tensor, "n L D"]) -> Bool[Tensor, "n L"]:
+        """True where a row is kept."""
+        kept = row_norms(x) <= self.norm_limit
+        kept[:, : self.skip_first] = False
+        return kept
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Kept rows, where they came from, and the rows set aside."""
+
+    rows: Float[Tensor, "N D"]
+    context_of: Int[Tensor, " N"]
+    position_of: Int[Tensor, " N"]
+    excluded: Float[Tensor, "M D"]
+    """First positions and massive rows in the model's dtype, for metrics on all rows."""
+    tokens: Int[Tensor, "n L"]
+    n_first: int
+    n_massive: int
+    median_norm: float
+    """Of the rows past `skip_first` in the first contexts."""
+    row_filter: RowFilter
+
+    @property
+    def norm_limit(self) -> float:
+        """Rows with a larger norm are massive."""
+        return self.row_filter.norm_limit
+
+
+def row_norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    """Euclidean norm of each row, accumulated in float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def harvest(
+    lm: LanguageModel,
+    hook: HookPoint,
+    tokens: Int[Tensor, "n L"],
+    *,
+    batch_contexts: int | None = None,
+    skip_first: int = 1,
+    massive_multiple: float = 10.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Activations:
+    """Run the model over `tokens`, stopped at `hook`, and gather one row per token.
+
+    The median norm comes from the first contexts (8,192 rows) and is then fixed, so that a row's
+    fate depends neither on the batches nor on what follows.
+
+    Args:
+        batch_contexts: contexts per forward pass; None chooses by device.
+        skip_first: positions at the start of each context that are set aside.
+        massive_multiple: a row is massive if its norm exceeds this multiple of the median norm.
+        dtype: of the rows; None keeps the model's own.
+        device: of the rows; None keeps the model's own.
+        progress: called with the number of tokens done and the number of tokens in all.
+
+    Raises:
+        ValueError: tokens of a wrong shape or outside the vocabulary; NaN or inf in an
+            activation; a value that `dtype` cannot hold.
+    """
+    _check(lm, tokens, batch_contexts, skip_first, massive_multiple)
+    n, length = tokens.shape
+    step = batch_contexts or default_batch_contexts(lm.device, length)
+    calibration = min(n, math.ceil(_CALIBRATION_ROWS / (length - skip_first)))
+    gathered = _Gathered(lm, hook, tokens, skip_first, dtype, device)
+
+    held: list[tuple[int, Tensor]] = []
+    row_filter: RowFilter | None = None
+    median = math.nan
+    for start, x in _captured(lm, hook, tokens, step):
+        held.append((start, x))
+        if row_filter is None and start + len(x) >= calibration:
+            norms = torch.cat([row_norms(part[:, skip_first:]) for _, part in held])
+            median = norms[:calibration].median().item()
+            row_filter = RowFilter(skip_first, massive_multiple * median)
+        if row_filter is not None:
+            for first_context, part in held:
+                gathered.add(part, row_filter, first_context)
+            held.clear()
+        if progress is not None:
+            progress((start + len(x)) * length, n * length)
+    assert row_filter is not None
+    return gathered.finish(row_filter, median)
+
+
+def default_batch_contexts(device: torch.device, length: int) -> int:
+    """Contexts per forward pass: enough rows for fast products, few enough to stay in cache."""
+    return max(1, (2048 if device.type == "cpu" else 65536) // length)
+
+
+def _captured(
+    lm: LanguageModel, hook: HookPoint, tokens: Tensor, step: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Batches of finite activations [<= step, L, D], each with the index of its first context."""
+    for start in range(0, len(tokens), step):
+        x = capture(lm, hook, tokens[start : start + step])
+        bad = ~torch.isfinite(row_norms(x))
+        if bad.any():
+            context, position = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"activations at {hook.name} must be finite, got NaN or inf in context "
+                f"{start + context} at position {position}; check the weights, or load the model "
+                "with a dtype of wider range"
+            )
+        yield start, x
+
+
+class _Gathered:
+    """Rows written where they stay: one allocation for all that can be kept."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: HookPoint,
+        tokens: Tensor,
+        skip_first: int,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        n, length = tokens.shape
+        room = n * (length - skip_first)
+        self.hook, self.tokens = hook, tokens
+        self.rows = torch.empty(
+            room, d_at(lm, hook), dtype=dtype or lm.model.dtype, device=device or lm.device
+        )
+        self.where = torch.empty(2, room, dtype=torch.int32, device=self.rows.device)
+        self.excluded: list[Tensor] = []
+        self.n = 0
+
+    def add(self, x: Tensor, row_filter: RowFilter, first_context: int) -> None:
+        keep = row_filter.keep(x)
+        kept, end = x[keep], self.n + int(keep.sum())
+        largest = kept.abs().amax().item() if len(kept) else 0.0
+        if largest > torch.finfo(self.rows.dtype).max:
+            raise ValueError(
+                f"dtype must hold the activations at {self.hook.name}, got {self.rows.dtype} "
+                f"and a value of {largest:.3g}; use torch.bfloat16 or torch.float32"
+            )
+        self.rows[self.n : end].copy_(kept)
+        context, position = keep.nonzero(as_tuple=True)
+        self.where[0, self.n : end].copy_(context + first_context)
+        self.where[1, self.n : end].copy_(position)
+        self.excluded.append(x[~keep].to(self.rows.device))
+        self.n = end
+
+    def finish(self, row_filter: RowFilter, median: float) -> Activations:
+        excluded = torch.cat(self.excluded)
+        n_first = len(self.tokens) * row_filter.skip_first
+        return Activations(
+            rows=self.rows[: self.n],
+            context_of=self.where[0, : self.n],
+            position_of=self.where[1, : self.n],
+            excluded=excluded,
+            tokens=self.tokens,
+            n_first=n_first,
+            n_massive=len(excluded) - n_first,
+            median_norm=median,
+            row_filter=row_filter,
+        )
+
+
+def _check(
+    lm: LanguageModel,
+    tokens: Tensor,
+    batch_contexts: int | None,
+    skip_first: int,
+    massive_multiple: float,
+) -> None:
+    if tokens.dim() != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must have the shape [n, L], got {list(tokens.shape)}")
+    if tokens.is_floating_point():
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if tokens.shape[1] > lm.context_size:
+        raise ValueError(
+            f"tokens must have at most {lm.context_size} positions for {lm.name}, "
+            f"got {tokens.shape[1]}; tokenize with a smaller context_size"
+        )
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= lm.vocabulary_size:
+        raise ValueError(
+            f"tokens must be from 0 to {lm.vocabulary_size - 1}, the vocabulary of {lm.name}, "
+            f"got {low} to {high}; tokenize with the model's own tokenizer"
+        )
+    if batch_contexts is not None and batch_contexts < 1:
+        raise ValueError(f"batch_contexts must be at least 1, got {batch_contexts}")
+    if not 0 <= skip_first < tokens.shape[1]:
+        raise ValueError(
+            f"skip_first must be from 0 to L - 1 = {tokens.shape[1] - 1}, got {skip_first}"
+        )
+    if not massive_multiple > 1:
+        raise ValueError(f"massive_multiple must be more than 1, got {massive_multiple}")

@@ -1,0 +1,12 @@
+"""How good an SAE is: reconstruction metrics, and the language model's loss with it spliced in."""
+
+from fastsae.evaluation.loss_recovered import LossRecovered, SpliceLoss, loss_recovered
+from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
+
+__all__ = [
+    "DEFINITIONS",
+    "LossRecovered",
+    "ReconstructionMetrics",
+    "SpliceLoss",
+    "loss_recovered",
+]

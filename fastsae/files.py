@@ -1,0 +1,54 @@
+"""Files that are either the old ones or the new ones, never half of each."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what was written there takes its place when all went well.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full; `path` is as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"path must be in a folder that can be written to, got {path}: {error}"
+        ) from error
+    try:
+        temporary = folder / path.name
+        yield temporary
+        for written in [temporary, *temporary.rglob("*")]:
+            if written.is_file():
+                _sync(written)
+        if temporary.is_dir() and path.exists():
+            os.replace(path, folder / "replaced")
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Make what was written survive a power cut, not only the process."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

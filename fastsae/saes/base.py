@@ -1,0 +1,262 @@
+"""What every sparse autoencoder shares: its shape, its input path, decoding, and files.
+
+A variant is one file beside this one: a config, a class with `encode_sparse` and `loss`, and one
+line in `SAES`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
+
+Normalization = Literal[
+    "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"
+]
+RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
+LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
+
+T = TypeVar("T", bound="SAE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """The shape of an SAE and what it does to its input."""
+
+    architecture: ClassVar[str]
+    file_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What a file means that does not state a field, where that is not the default here."""
+
+    d_in: int
+    """D, the width of the activations."""
+    d_sae: int
+    """F, the number of latents."""
+    dtype: str = "float32"
+    """Dtype of the parameters."""
+    apply_b_dec_to_input: bool = True
+    """Subtract b_dec from the input before encoding."""
+    normalize_activations: Normalization = "none"
+    """What is done to a row before encoding and undone after decoding. `expected_average_only_in`
+    is done by the trainer and folded into the weights when it saves."""
+    reshape_activations: Literal["none", "hook_z"] = "none"
+    """`hook_z` flattens rows [n_heads, d_head] on the way in and restores them on the way out."""
+    decoder_init_norm: float = 0.1
+    """Norm of W_dec's rows at initialisation."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Where the SAE belongs: model_name, hook_name, context_size, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        allowed = get_args(Normalization)
+        if self.normalize_activations not in allowed:
+            raise ValueError(
+                f"normalize_activations must be one of {list(allowed)}, "
+                f"got {self.normalize_activations!r}"
+            )
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype, got {self.dtype!r}")
+        if not self.decoder_init_norm > 0:
+            raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"architecture": self.architecture, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SAEConfig":
+        """Build from a file's fields; fields that this class does not have are left out."""
+        known = {f.name for f in fields(cls)}
+        stated = {**cls.file_defaults, **{k: v for k, v in values.items() if k in known}}
+        return cls(**stated)
+
+
+@dataclass(frozen=True)
+class SAELoss:
+    """One training loss and what the trainer logs and counts from it."""
+
+    total: Float[Tensor, ""]
+    """Differentiable sum of the terms."""
+    terms: dict[str, Tensor]
+    """Each term as it enters the total, detached."""
+    x: Float[Tensor, "B D"]
+    err: Float[Tensor, "B D"]
+    """x_hat - x, detached."""
+    counts: Int[Tensor, "F"]
+    """On how many rows each latent fired."""
+    code: SparseCode | None = None
+    """The code, where it was made sparse."""
+
+    @property
+    def x_hat(self) -> Float[Tensor, "B D"]:
+        return self.x + self.err
+
+
+class SAE(nn.Module, ABC):
+    """x_hat = decode(encode(x)), with W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D].
+
+    W_enc has one latent contiguous (strides (1, D)): its shape is what every tool expects, its
+    memory is one row a latent. `impl` picks the implementation of the ops at each call.
+    """
+
+    config_class: ClassVar[type[SAEConfig]]
+    cfg: SAEConfig
+    impl: Impl | str = Impl.AUTO
+
+    def __init__(self, cfg: SAEConfig, *, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.cfg = cfg
+        d_in, d_sae, dtype = cfg.d_in, cfg.d_sae, getattr(torch, cfg.dtype)
+        W_dec = torch.empty(d_sae, d_in, device=device)
+        nn.init.kaiming_uniform_(W_dec, a=math.sqrt(5))
+        W_dec.mul_(cfg.decoder_init_norm / W_dec.norm(dim=1, keepdim=True))
+        self.W_dec = nn.Parameter(W_dec.to(dtype))
+        self.W_enc = nn.Parameter(W_dec.to(dtype).clone().t())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self._undo: tuple[Tensor, Tensor | None] | None = None
+        self._heads: torch.Size | None = None
+
+    @abstractmethod
+    def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode | RaggedCode:
+        """The active latents of each row and their acts."""
+
+    @abstractmethod
+    def loss(
+        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
+    ) -> SAELoss:
+        """The training loss.
+
+        Args:
+            x: rows, already normalised by the trainer.
+            dead: latents that have not fired for a while, or None.
+            step: number of training steps done, for coefficients that warm up.
+        """
+
+    def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        """Dense acts, zero where a latent is not active: for tools that expect [..., F]."""
+        code = self.encode_sparse(x)
+        lead = x.shape[:-2] if self.cfg.reshape_activations == "hook_z" else x.shape[:-1]
+        return code.to_dense(self.cfg.d_sae).reshape(*lead, self.cfg.d_sae).to(x.dtype)
+
+    def decode(self, acts: Float[Tensor, "... F"] | SparseCode | RaggedCode) -> Tensor:
+        """x_hat of dense acts [..., F] or of a code; run-time normalisation is undone."""
+        if isinstance(acts, Tensor):
+            x_hat = self._decode_dense(acts)
+        else:
+            x_hat = sparse_decode(self._unscaled(acts), self.W_dec, self.b_dec, impl=self.impl)
+        return self._restore(x_hat)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """decode(encode(x)), without dense acts."""
+        x_hat = self.decode(self.encode_sparse(x))
+        return x_hat.reshape(x.shape).to(x.dtype)
+
+    def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
+        """The acts that multiply W_dec's rows."""
+        return code
+
+    def _decode_dense(self, acts: Tensor) -> Tensor:
+        return acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    @property
+    def b_pre(self) -> Tensor | None:
+        """What the encoder subtracts from its input."""
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        """Cast, flatten heads and normalise, as the configuration says."""
+        x = x.to(self.dtype)
+        if self.cfg.reshape_activations == "hook_z":
+            self._heads = x.shape[-2:]
+            x = x.flatten(-2)
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(
+                f"x must have shape [..., D] with D = {self.cfg.d_in}, got {list(x.shape)}"
+            )
+        if self.cfg.normalize_activations == "constant_norm_rescale":
+            factor = math.sqrt(self.cfg.d_in) / x.norm(dim=-1, keepdim=True)
+            self._undo = (1 / factor, None)
+            return x * factor
+        if self.cfg.normalize_activations == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            std = (x - mean).std(-1, keepdim=True)
+            self._undo = (std, mean)
+            return (x - mean) / (std + LAYER_NORM_EPS)
+        return x
+
+    def _restore(self, x_hat: Tensor) -> Tensor:
+        """Undo what `_prepare` did to the rows encoded last."""
+        if self._undo is not None:
+            factor, shift = self._undo
+            x_hat = x_hat.reshape(*factor.shape[:-1], -1) * factor
+            x_hat = x_hat if shift is None else x_hat + shift
+        return x_hat if self._heads is None else x_hat.unflatten(-1, self._heads)
+
+    def _training_rows(self, x: Tensor) -> Tensor:
+        if self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
+            raise ValueError(
+                "normalize_activations must be 'none' or 'expected_average_only_in' to train, got "
+                f"{self.cfg.normalize_activations!r}; normalise the rows before training instead"
+            )
+        return self._prepare(x)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    def decoder_norms(self) -> Float[Tensor, "F"]:
+        """[F] norms of W_dec's rows."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Give W_dec unit rows and the encoder their norms; x_hat stays what it was."""
+        norms = self.decoder_norms().clamp_min(1e-8)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.b_enc.mul_(norms)
+
+    @torch.no_grad()
+    def fold_activation_scale(self, scale: float) -> None:
+        """Make an SAE trained on `scale * x` one of x: sae(x) = old_sae(scale * x) / scale."""
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write `sae_weights.safetensors` and `cfg.json` in SAELens 6's format; both paths."""
+        from fastsae.saes.native_format import write_sae
+
+        return write_sae(self, Path(path))
+
+    @classmethod
+    def load_from_disk(
+        cls: type[T], path: str | Path, device: torch.device | str = "cpu"
+    ) -> T:
+        """Read a folder in SAELens 6's format.
+
+        Raises:
+            FileNotFoundError: the folder or one of its two files is absent.
+            ValueError: a file is truncated, or does not fit the configuration.
+            TypeError: the folder holds another variant than this class.
+        """
+        from fastsae.saes.native_format import read_sae
+
+        sae = read_sae(Path(path), device)
+        if not isinstance(sae, cls):
+            raise TypeError(
+                f"path must hold a {cls.__name__}, got {type(sae).__name__} in {path}"
+            )
+        return sae

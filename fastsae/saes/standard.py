@@ -1,0 +1,72 @@
+"""Standard SAE: ReLU and an L1 penalty weighted by decoder norms. Conerly et al. 2024."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fastsae.saes.base import SAE, SAEConfig, SAELoss
+from fastsae_kernels import RaggedCode, relu_l1_loss, threshold_encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardConfig(SAEConfig):
+    """acts = relu((x - b_dec) W_enc + b_enc); loss = mse + l1_coefficient * l1."""
+
+    architecture: ClassVar[str] = "standard"
+
+    l1_coefficient: float = 1.0
+    """Weight of the sparsity term, reached at the end of its warm-up."""
+    l1_warm_up_steps: int = 0
+    """Steps over which the weight rises from 0."""
+    lp_norm: float = 1.0
+    """p of the norm over the latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.l1_warm_up_steps < 0:
+            raise ValueError(f"l1_warm_up_steps must be at least 0, got {self.l1_warm_up_steps}")
+        if not self.lp_norm > 0:
+            raise ValueError(f"lp_norm must be above 0, got {self.lp_norm}")
+
+
+class StandardSAE(SAE):
+    config_class = StandardConfig
+    cfg: StandardConfig
+
+    def encode_sparse(self, x: Float[Tensor, "... D"]) -> RaggedCode:
+        """The positive latents; leading axes of x are flattened into B rows."""
+        rows = self._prepare(x).reshape(-1, self.cfg.d_in)
+        return threshold_encode(rows, self.W_enc, self.b_enc, b_pre=self.b_pre, impl=self.impl)
+
+    def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        """Dense acts, differentiable."""
+        rows = self._prepare(x)
+        centred = rows if self.b_pre is None else rows - self.b_pre
+        return (centred @ self.W_enc + self.b_enc).relu().to(x.dtype)
+
+    def loss(
+        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
+    ) -> SAELoss:
+        x = self._training_rows(x)
+        coefficient = self.l1_coefficient(step)
+        result = relu_l1_loss(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            l1_coefficient=coefficient,
+            lp_norm=self.cfg.lp_norm,
+            b_pre=self.b_pre,
+            impl=self.impl,
+        )
+        terms = {"mse": result.mse, "l1": coefficient * result.l1}
+        return SAELoss(result.total, terms, x, result.err, result.counts)
+
+    def l1_coefficient(self, step: int) -> float:
+        """The weight of the sparsity term at a step: linear from 0 over the warm-up."""
+        if step >= self.cfg.l1_warm_up_steps:
+            return self.cfg.l1_coefficient
+        return self.cfg.l1_coefficient * step / self.cfg.l1_warm_up_steps

@@ -1,0 +1,107 @@
+"""TopK SAE: the k largest latents of each row. Gao et al. 2024, arXiv 2406.04093."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fastsae.saes.base import SAE, SAEConfig, SAELoss
+from fastsae_kernels import (
+    RaggedCode,
+    SparseCode,
+    aux_topk,
+    group_by_latent,
+    mse_l1_loss,
+    topk_encode,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(SAEConfig):
+    """h = (x - b_dec) W_enc + b_enc; acts = the k largest of relu(h * n), n = |W_dec rows|."""
+
+    architecture: ClassVar[str] = "topk"
+    file_defaults = {"rescale_acts_by_decoder_norm": False}
+
+    k: int = 64
+    """Active latents a row."""
+    rescale_acts_by_decoder_norm: bool = True
+    """Rank latents by h * n, so that the norms of W_dec's rows do not matter; n = 1 otherwise."""
+    aux_loss_coefficient: float = 1.0
+    """Weight of AuxK, the loss that revives dead latents; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k must be in [1, d_sae] with d_sae = {self.d_sae}, got {self.k}")
+
+
+class TopKSAE(SAE):
+    config_class = TopKConfig
+    cfg: TopKConfig
+
+    def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode:
+        return self._encode(self._prepare(x))
+
+    def _encode(self, x: Tensor) -> SparseCode:
+        return topk_encode(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.cfg.k,
+            b_pre=self.b_pre,
+            scale=self._scale(),
+            impl=self.impl,
+        )
+
+    def loss(
+        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
+    ) -> SAELoss:
+        x = self._training_rows(x)
+        code = self._encode(x)
+        unscaled = self._unscaled(code)
+        mse, _, err = mse_l1_loss(x, unscaled, self.W_dec, self.b_dec, impl=self.impl)
+        total, terms = mse, {"mse": mse.detach()}
+        if dead is not None and self.cfg.aux_loss_coefficient:
+            auxk = self.cfg.aux_loss_coefficient * aux_topk(
+                x,
+                -err,
+                dead,
+                self.W_enc,
+                self.b_enc,
+                self.W_dec,
+                b_pre=self.b_pre,
+                scale=self._scale(),
+                impl=self.impl,
+            )
+            total, terms["auxk"] = total + auxk, auxk.detach()
+        groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
+        return SAELoss(total, terms, x, err, groups.counts(), code)
+
+    def _scale(self) -> Tensor | None:
+        # Without gradient: in acts / n it cancels against the one of the encoder's h * n.
+        return self.decoder_norms().detach() if self.cfg.rescale_acts_by_decoder_norm else None
+
+    def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
+        scale = self._scale()
+        if scale is None:
+            return code
+        return code._replace(acts=code.acts / scale[code.indices.long()])
+
+    def _decode_dense(self, acts: Tensor) -> Tensor:
+        scale = self._scale()
+        return super()._decode_dense(acts if scale is None else acts / scale)
+
+    def fold_W_dec_norm(self) -> None:
+        """Give W_dec unit rows and the encoder their norms.
+
+        Raises:
+            ValueError: latents are ranked without decoder norms, so folding would change the k.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise ValueError(
+                "rescale_acts_by_decoder_norm must be True to fold decoder norms into a TopK SAE, "
+                "got False: folding would change which k latents are the largest"
+            )
+        super().fold_W_dec_norm()

@@ -1,0 +1,5 @@
+"""Training one SAE on a stream of rows."""
+
+from fastsae.training.config import OptimizerConfig as OptimizerConfig
+from fastsae.training.config import TrainConfig as TrainConfig
+from fastsae.training.trainer import Trainer as Trainer

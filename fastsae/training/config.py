@@ -1,0 +1,88 @@
+"""What a training run is. A field left at None follows `defaults`, as a function of the run."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from fastsae.saes import SAEConfig
+from fastsae.training import defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and its schedule: linear warm-up, constant, linear decay to 0."""
+
+    kind: Literal["row_adam", "adam"] = "row_adam"
+    """`row_adam` never writes the dictionary's dense gradient; `adam` is torch's fused one."""
+    lr: float | None = None
+    """Peak learning rate; None: 1e-3 * sqrt(4608 / d_sae)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    """Bound on the global norm of the gradient; None: no clipping."""
+    warm_up_steps: int | None = None
+    """Steps from 0 to the peak; None: a sixteenth of the run, at most 1000."""
+    decay_steps: int | None = None
+    """Steps from the peak to 0 at the end; None: a quarter of the run."""
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One SAE, one stream of activations."""
+
+    sae: SAEConfig
+    total_tokens: int
+    """Tokens the run is made of; batches are drawn until they are used up."""
+    batch_size: int | None = None
+    """Tokens a step; None: by device and length of the run, 256 to 2048 (8192 on a GPU)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    dead_window: int | None = None
+    """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
+    seed: int = 0
+    """Of the initial weights and of the order of the rows."""
+    log_every: int = 20
+    """Steps between two lines of the log."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; None: at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_tokens", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch_size", "dead_window", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+
+    def resolved(self, device: torch.device) -> "TrainConfig":
+        """The same run with every None replaced by its default."""
+        batch_size = self.batch_size or defaults.batch_size(device, self.total_tokens)
+        steps = max(1, self.total_tokens // batch_size)
+        optimizer = self.optimizer
+        warm_up, decay = optimizer.warm_up_steps, optimizer.decay_steps
+        return replace(
+            self,
+            batch_size=batch_size,
+            dead_window=self.dead_window or defaults.dead_window(self.total_tokens),
+            optimizer=replace(
+                optimizer,
+                lr=optimizer.lr or defaults.learning_rate(self.sae.d_sae),
+                warm_up_steps=defaults.warm_up_steps(steps) if warm_up is None else warm_up,
+                decay_steps=defaults.decay_steps(steps) if decay is None else decay,
+            ),
+        )
+
+    @property
+    def total_steps(self) -> int:
+        if self.batch_size is None:
+            raise ValueError("batch_size must be resolved before total_steps is known, got None")
+        return max(1, self.total_tokens // self.batch_size)

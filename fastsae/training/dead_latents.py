@@ -1,0 +1,33 @@
+"""Who has not fired for a while, counted in tokens, without a dense tensor."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class DeadLatents:
+    """For each latent, the tokens since it last fired and the tokens it ever fired on."""
+
+    def __init__(self, d_sae: int, window: int, device: torch.device) -> None:
+        self.window = window
+        self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.tokens = 0
+
+    def update(self, counts: Int[Tensor, "F"], n_tokens: int) -> None:
+        """Count a batch of `n_tokens` on which each latent fired `counts` times."""
+        self.since_fired.add_(n_tokens).masked_fill_(counts > 0, 0)
+        self.fired.add_(counts)
+        self.tokens += n_tokens
+
+    def dead(self) -> Bool[Tensor, "F"]:
+        return self.since_fired > self.window
+
+    def state_dict(self) -> dict[str, Tensor]:
+        tokens = torch.tensor(self.tokens)
+        return {"since_fired": self.since_fired, "fired": self.fired, "tokens": tokens}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.since_fired.copy_(state["since_fired"])
+        self.fired.copy_(state["fired"])
+        self.tokens = int(state["tokens"])

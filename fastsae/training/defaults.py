@@ -1,0 +1,41 @@
+"""Every default of a training run that depends on the run, in one place, with its reason."""
+
+import math
+
+import torch
+
+EXPANSION = 16
+"""F = 16 D."""
+K = 64
+DEAD_WINDOW = 10_000_000
+"""Tokens without firing after which a latent is dead, as in the literature, for long runs."""
+
+
+def d_sae(d_in: int) -> int:
+    return EXPANSION * d_in
+
+
+def batch_size(device: torch.device, total_tokens: int) -> int:
+    """Tokens a step: enough steps on a short run, enough work a step on a GPU."""
+    largest = 8192 if device.type == "cuda" else 2048
+    for_steps = 1 << max(0, int(math.log2(max(1, total_tokens / 750))))
+    return max(256, min(largest, for_steps))
+
+
+def learning_rate(d_sae: int) -> float:
+    """1e-3 at F = 4608, falling with the square root of F (Gao et al. 2024, figure 3)."""
+    return 1e-3 * math.sqrt(4608 / d_sae)
+
+
+def warm_up_steps(total_steps: int) -> int:
+    return min(1000, total_steps // 16)
+
+
+def decay_steps(total_steps: int) -> int:
+    """A linear decay to zero over the last quarter."""
+    return total_steps // 4
+
+
+def dead_window(total_tokens: int) -> int:
+    """A tenth of a short run, so that AuxK has time to act."""
+    return min(DEAD_WINDOW, max(1, total_tokens // 10))

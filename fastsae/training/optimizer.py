@@ -1,0 +1,145 @@
+"""Adam for a dictionary: by rows without a dense gradient, or torch's own with a check."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsae.saes import SAE
+from fastsae.training.config import OptimizerConfig
+from fastsae_kernels import DenseGrad, RowGrad, collect_row_grads, row_adam, row_grad_norm
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def lr_factor(step: int, total_steps: int, warm_up_steps: int, decay_steps: int) -> float:
+    """Share of the peak learning rate at a step (from 0): linear up, flat, linear down to 0."""
+    up = (step + 1) / warm_up_steps if warm_up_steps else 1.0
+    down = (total_steps - step) / decay_steps if decay_steps else 1.0
+    return max(0.0, min(1.0, up, down))
+
+
+def build_optimizer(sae: SAE, cfg: OptimizerConfig, lr: float) -> "RowAdam | PlainAdam":
+    kind = RowAdam if cfg.kind == "row_adam" else PlainAdam
+    return kind(sae.parameters(), lr=lr, betas=cfg.betas, eps=cfg.eps)
+
+
+def restore_memory_order(like: Tensor, values: Tensor) -> Tensor:
+    """`values` with the strides of `like`: files are row-major, W_enc is not."""
+    return torch.empty_like(like, dtype=values.dtype).copy_(values)
+
+
+def check_strides(name: str, tensor: Tensor, parameter: Tensor) -> None:
+    if tensor.stride() != parameter.stride():
+        raise RuntimeError(
+            f"{name} must have its parameter's strides {parameter.stride()}, got "
+            f"{tensor.stride()}; restore them with restore_memory_order after loading"
+        )
+
+
+class PlainAdam(torch.optim.Adam):
+    """torch.optim.Adam(fused=True), refusing gradients and moments in another memory order.
+
+    On a CPU the fused kernel walks parameter, gradient and moments as flat memory and silently
+    computes wrong numbers when their strides differ.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], **kwargs: Any) -> None:
+        super().__init__(params, fused=True, **kwargs)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+
+    def gradient_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(torch.stack([g.norm() for g in self._gradients()]))
+
+    def scale_gradient(self, factor: Tensor) -> None:
+        for gradient in self._gradients():
+            gradient.mul_(factor)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_strides("grad", p.grad, p)
+                for name in MOMENTS:
+                    if name in self.state[p]:
+                        check_strides(name, self.state[p][name], p)
+        return super().step(closure)
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam whose dictionary gradients are summed row by row inside the step.
+
+    For two-dimensional parameters backward leaves the pairs that make the gradient instead of
+    `.grad`; the others (biases) have an ordinary gradient. Same numbers as `PlainAdam`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        self._row_grads = {p: collect_row_grads(p) for p in self._parameters if p.ndim == 2}
+        self._factor: Tensor | float = 1.0
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        norms = [row_grad_norm(_rows(p), self._gradient(p)) for p in self._parameters]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def scale_gradient(self, factor: Tensor) -> None:
+        """Multiply the gradient of the next step: the rows' is scaled as it is summed."""
+        self._factor = factor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state.update({name: torch.zeros_like(p) for name in MOMENTS})
+                for name in MOMENTS:
+                    check_strides(name, state[name], p)
+                state["step"] += 1
+                row_adam(
+                    _rows(p),
+                    self._gradient(p),
+                    *(_rows(state[name]) for name in MOMENTS),
+                    step=int(state["step"]),
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    grad_scale=self._factor,
+                )
+        self._factor = 1.0
+
+    def _gradient(self, p: nn.Parameter) -> list[RowGrad]:
+        if p.ndim == 2:
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"grad must be None under RowAdam, got a dense gradient for the weight "
+                    f"{list(p.shape)}: a loss reached it outside the fastsae ops; such a loss "
+                    "trains with OptimizerConfig(kind='adam')"
+                )
+            return self._row_grads[p]
+        return [] if p.grad is None else [DenseGrad(_rows(p.grad))]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for grads in self._row_grads.values():
+            grads.clear()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The contiguous view of a weight with one latent a row; a bias becomes one column."""
+    if tensor.ndim == 1:
+        return tensor.unsqueeze(1)
+    transposed = tensor.stride(0) == 1 and tensor.stride(1) == tensor.shape[0]
+    return tensor.t() if transposed else tensor

@@ -1,0 +1,196 @@
+"""One SAE, one stream of rows: loss, backward, clip, optimizer, counters, log, checkpoints."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.device import resolve_device
+from fastsae.saes import SAE, SAES, SAELoss, TopKSAE
+from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fastsae.training.config import TrainConfig
+from fastsae.training.dead_latents import DeadLatents
+from fastsae.training.log import RunLog
+from fastsae.training.optimizer import build_optimizer, lr_factor
+
+NEVER_FIRED_FREQUENCY = 1e-10  # what SAELens adds before the logarithm
+
+
+class Trainer:
+    """Trains one SAE on rows that somebody else draws.
+
+    `fit` runs a whole stream, `step` one batch. `metrics` holds the last line of the log.
+
+    Args:
+        cfg: the run; fields left at None are resolved for `device`.
+        device: `auto`, or where to compute.
+        out: folder for `metrics.jsonl` and `checkpoints/`; None: nothing is written.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        *,
+        device: torch.device | str = "auto",
+        out: Path | None = None,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.cfg = cfg = cfg.resolved(self.device)
+        torch.manual_seed(cfg.seed)
+        self.sae: SAE = SAES[cfg.sae.architecture](cfg.sae, device=self.device)
+        self.lr = cfg.optimizer.lr or 0.0
+        self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr)
+        self.dead = DeadLatents(cfg.sae.d_sae, cfg.dead_window or 0, self.device)
+        self.steps_done = 0
+        self.scale = 1.0
+        self.out = out
+        self.log = RunLog(None if out is None else out / "metrics.jsonl")
+        self.metrics: dict[str, Any] = {}
+        self.training_seconds = 0.0
+
+    @torch.no_grad()
+    def initialise(self, rows: Float[Tensor, "N D"]) -> None:
+        """Set what depends on the data: the activation scale, and b_dec to the mean of the rows."""
+        rows = rows.to(self.device, torch.float32)
+        check_finite(rows, self.steps_done)
+        if self.cfg.sae.normalize_activations == "expected_average_only_in":
+            self.scale = math.sqrt(rows.shape[-1]) / float(rows.norm(dim=-1).mean())
+        self.sae.b_dec.copy_(rows.mean(0) * self.scale)
+
+    def fit(
+        self,
+        batches: Iterable[Float[Tensor, "B D"]],
+        *,
+        sample: Float[Tensor, "N D"] | None = None,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> SAE:
+        """Train until the run's tokens are used up; returns the SAE as it is exported.
+
+        Args:
+            batches: rows [batch_size, D], from the run's current step on.
+            sample: rows to initialise from; None: the first batch. Unused when resuming.
+            progress: called with each line of the log.
+
+        Raises:
+            ValueError: the batches end too early, or hold NaN or inf (the step is named).
+        """
+        iterator = iter(batches)
+        while self.steps_done < self.cfg.total_steps:
+            try:
+                x = next(iterator)
+            except StopIteration:
+                raise ValueError(
+                    f"batches must last for {self.cfg.total_steps} steps, got {self.steps_done}"
+                ) from None
+            if self.steps_done == 0:
+                self.initialise(x if sample is None else sample)
+            started = time.perf_counter()
+            logged = self._is_logged(self.steps_done + 1)
+            if logged:
+                check_finite(x, self.steps_done)
+            loss = self.step(x)
+            self.training_seconds += time.perf_counter() - started
+            if logged:
+                self._record(loss)
+                if progress is not None:
+                    progress(self.metrics)
+            every = self.cfg.checkpoint_every
+            if self.out is not None and every and self.steps_done % every == 0:
+                self.save()
+        if self.out is not None:
+            self.save()
+        return self.export()
+
+    def step(self, x: Float[Tensor, "B D"]) -> SAELoss:
+        """One update of the SAE on unscaled rows."""
+        cfg = self.cfg.optimizer
+        factor = lr_factor(
+            self.steps_done, self.cfg.total_steps, cfg.warm_up_steps or 0, cfg.decay_steps or 0
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        x = x.to(self.device, self.sae.dtype)
+        loss = self.sae.loss(
+            x * self.scale if self.scale != 1.0 else x, self.dead.dead(), self.steps_done
+        )
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        if cfg.clip_norm is not None:
+            norm = self.optimizer.gradient_norm()
+            self.optimizer.scale_gradient((cfg.clip_norm / (norm + 1e-6)).clamp_max(1.0))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.dead.update(loss.counts, len(x))
+        self.steps_done += 1
+        return loss
+
+    @torch.no_grad()
+    def export(self) -> SAE:
+        """A copy that takes rows as they are: activation scale and decoder norms folded in."""
+        sae = copy.deepcopy(self.sae)
+        if self.scale != 1.0:
+            sae.fold_activation_scale(self.scale)
+        if not isinstance(sae, TopKSAE) or sae.cfg.rescale_acts_by_decoder_norm:
+            sae.fold_W_dec_norm()
+        return sae
+
+    def log_sparsity(self) -> Float[Tensor, "F"]:
+        """log10 of each latent's firing frequency over the run."""
+        frequency = self.dead.fired / max(1, self.dead.tokens)
+        return torch.log10(frequency + NEVER_FIRED_FREQUENCY)
+
+    def save(self) -> Path:
+        """Write a checkpoint; older ones beyond `keep_checkpoints` are removed."""
+        if self.out is None:
+            raise ValueError("out must be a folder to save a checkpoint, got None")
+        return save_checkpoint(self, self.out / "checkpoints")
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint under `out`; False when there is none."""
+        path = None if self.out is None else latest_checkpoint(self.out / "checkpoints")
+        if path is None:
+            return False
+        load_checkpoint(self, path)
+        self.log.truncate(self.steps_done)
+        return True
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.cfg.log_every == 0 or step in (1, self.cfg.total_steps)
+
+    def _record(self, loss: SAELoss) -> None:
+        n_tokens = len(loss.x)
+        spread = (loss.x - loss.x.mean(0)).square().sum()
+        self.metrics = {
+            "step": self.steps_done,
+            "tokens": self.dead.tokens,
+            "loss": float(loss.total.detach()),
+            **{name: float(value) for name, value in loss.terms.items()},
+            "fvu": float(loss.err.square().sum() / spread),
+            "l0": float(loss.counts.sum()) / n_tokens,
+            "dead": int(self.dead.dead().sum()),
+            "never_fired": int((self.dead.fired == 0).sum()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self.training_seconds, 3),
+            "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
+        }
+        if not math.isfinite(self.metrics["loss"]):
+            raise ValueError(
+                f"loss must be finite, got {self.metrics['loss']} at step {self.steps_done}; "
+                "lower lr, or check the activations"
+            )
+        self.log.write(self.metrics)
+
+
+def check_finite(rows: Tensor, step: int) -> None:
+    bad = (~rows.isfinite()).any(dim=-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"activations must be finite, got NaN or inf in {int(bad.sum())} rows of the batch at "
+            f"step {step}, the first at row {int(bad.int().argmax())}"
+        )

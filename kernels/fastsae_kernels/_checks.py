@@ -1,0 +1,48 @@
+"""Argument checks shared by the ops: one sentence that names the argument, the rule, what came."""
+
+from torch import Tensor
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
+        raise TypeError(f"{name} must be a floating dtype ({', '.join(FLOATS)}), got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, letters: str, shape: tuple[int | None, ...]) -> None:
+    """`letters` is the rule as a reader knows it, `shape` the sizes it means (None: any)."""
+    got = tuple(tensor.shape)
+    wrong = len(got) != len(shape) or any(
+        want is not None and want != have for want, have in zip(shape, got, strict=True)
+    )
+    if wrong:
+        sizes = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape {letters} = [{sizes}], got {list(got)}")
+
+
+def check_rows(name: str, tensor: Tensor, width: int, letter: str = "D") -> None:
+    check_float(name, tensor)
+    if tensor.ndim < 1 or tensor.shape[-1] != width:
+        raise ValueError(
+            f"{name} must have shape [..., {letter}] with {letter} = {width}, "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{next(iter(devices))} and the others must share a device, got {listing}")
+
+
+def check_code(acts: Tensor, indices: Tensor) -> None:
+    check_float("acts", acts)
+    if indices.is_floating_point() or indices.dtype.is_complex or indices.dtype.itemsize < 4:
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+    if acts.shape != indices.shape or acts.ndim < 1:
+        raise ValueError(
+            "acts and indices must have the same shape [..., K], "
+            f"got {list(acts.shape)} and {list(indices.shape)}"
+        )

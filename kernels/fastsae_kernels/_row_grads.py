@@ -1,0 +1,98 @@
+"""Gradients of a dictionary's rows, kept as the pairs that make them until somebody needs them.
+
+The gradient of a weight [F, D] that is only touched at the active pairs is
+
+    grad[j] = sum over pairs p of latent j of coef[p] * operand[row(p)].
+
+Backward hands that over as a `RowGrad`, to be summed by a row optimizer one cache-sized block of
+rows at a time, or to be written out as an ordinary dense gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsae_kernels.code import LatentGroups
+
+
+@dataclass(frozen=True)
+class PairGrad:
+    """grad[j] = sum over the pairs p of latent j of coef[p] * operand[row(p)]."""
+
+    groups: LatentGroups
+    coef: Tensor
+    """[P], in the order of `groups.pairs`."""
+    operand: Tensor
+    """[B, D], contiguous."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """[stop - start, D]: the gradient of these rows, summed in a fixed order."""
+        first, last = self.groups.offsets[[start, stop]].tolist()
+        return F.embedding_bag(
+            self.groups.rows[first:last],
+            self.operand,
+            self.groups.offsets[start : stop + 1] - first,
+            per_sample_weights=self.coef[first:last],
+            mode="sum",
+            include_last_offset=True,
+        )
+
+
+@dataclass(frozen=True)
+class SubsetGrad:
+    """grad[latents] = values, zero elsewhere."""
+
+    latents: Tensor
+    """[n] int64, ascending."""
+    values: Tensor
+    """[n, D]."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        out = self.values.new_zeros(stop - start, self.values.shape[1])
+        edges = torch.tensor([start, stop], device=self.latents.device)
+        first, last = torch.searchsorted(self.latents, edges).tolist()
+        out[self.latents[first:last] - start] = self.values[first:last]
+        return out
+
+
+@dataclass(frozen=True)
+class DenseGrad:
+    """grad = values."""
+
+    values: Tensor
+    """[F, D]."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop]
+
+
+RowGrad = PairGrad | SubsetGrad | DenseGrad
+
+
+def collect_row_grads(weight: Tensor) -> list[RowGrad]:
+    """From now on backward appends this weight's gradients to the list returned, not to `.grad`."""
+    grads: list[RowGrad] = []
+    weight.row_grads = grads  # pyright: ignore[reportAttributeAccessIssue]
+    return grads
+
+
+def row_grads_of(weight: Tensor) -> list[RowGrad] | None:
+    """Where backward leaves this weight's gradient: a row optimizer's list, or None for `.grad`."""
+    return getattr(weight, "row_grads", None)
+
+
+def emit(sink: list[RowGrad] | None, grad: RowGrad, n_rows: int) -> Tensor | None:
+    """Hand `grad` to the row optimizer's list if there is one, else write it out as [F, D]."""
+    if sink is None:
+        return grad.block(0, n_rows)
+    sink.append(grad)
+    return None
+
+
+def sum_pairs(groups: LatentGroups, coef: Tensor, n_rows: int) -> Tensor:
+    """[F]: the sum of `coef` over each latent's pairs, in a fixed order."""
+    ones = coef.new_ones(n_rows, 1)
+    grad = PairGrad(groups, coef, ones)
+    return grad.block(0, groups.offsets.numel() - 1).squeeze(1)

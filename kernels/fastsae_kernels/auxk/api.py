@@ -1,0 +1,61 @@
+import torch
+from torch import Tensor
+
+from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
+from fastsae_kernels._dispatch import Impl, resolve_impl
+
+
+def aux_topk(
+    x: Tensor,
+    residual: Tensor,
+    dead: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    *,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """AuxK loss: the dead latents' best reconstruction of what the live ones left over.
+
+    With h = (x - b_pre) W_enc + b_enc over the dead latents only, k_aux = min(D // 2, n_dead), and
+    S_b the k_aux latents with the largest h * scale (signed, no ReLU):
+
+        e_hat[b] = sum over j in S_b of h[b, j] W_dec[j]
+        aux      = min(n_dead / (D // 2), 1) * mean_b |e_hat[b] - residual[b]|^2
+
+    Zero without dead latents. Gao et al. 2024 (arXiv 2406.04093), appendix A.2, as SAELens 6
+    weighs it. `scale` ranks the latents and nothing else: with decoder norms, the scaled acts
+    and the decoder divided by its norms, SAELens's form, have the same value and gradient.
+
+    Args:
+        x: [..., D].
+        residual: [..., D] x - x_hat, a constant.
+        dead: [F] bool.
+        W_enc, b_enc, W_dec, b_pre, scale: as in `topk_encode` and `sparse_decode`.
+        impl: `auto`, `eager` or `reference`.
+
+    Returns:
+        0-dim loss; gradients reach W_enc, b_enc, b_pre and W_dec.
+
+    Raises:
+        ValueError: a shape or a device breaks the rule it names.
+        TypeError: `dead` is not bool, or a dtype is not floating.
+    """
+    check_float("W_enc", W_enc)
+    check_shape("W_enc", W_enc, "[D, F]", (None, None))
+    d_in, d_sae = W_enc.shape
+    check_rows("x", x, d_in)
+    check_shape("W_dec", W_dec, "[F, D]", (d_sae, None))
+    check_rows("residual", residual, W_dec.shape[1])
+    check_shape("b_enc", b_enc, "[F]", (d_sae,))
+    check_shape("dead", dead, "[F]", (d_sae,))
+    if dead.dtype != torch.bool:
+        raise TypeError(f"dead must be bool, got {dead.dtype}")
+    check_same_device(x=x, residual=residual, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
+    if resolve_impl(impl, x.device) is Impl.REFERENCE:
+        from fastsae_kernels.auxk.reference import aux_topk as run
+    else:
+        from fastsae_kernels.auxk.eager import aux_topk as run
+    return run(x, residual, dead, W_enc, b_enc, W_dec, b_pre, scale)

@@ -1,0 +1,18 @@
+import torch
+from torch import Tensor
+
+from fastsae_kernels.code import LatentGroups
+
+
+def group_by_latent(acts: Tensor, indices: Tensor, d_sae: int) -> LatentGroups:
+    n_slots = indices.shape[-1]
+    flat, active = indices.reshape(-1).tolist(), (acts != 0).reshape(-1).tolist()
+    pairs = sorted((p for p in range(len(flat)) if active[p]), key=lambda p: (flat[p], p))
+    rest = [p for p in range(len(flat)) if not active[p]]
+    order = torch.tensor(pairs + rest, dtype=torch.int32)
+    counts = torch.zeros(d_sae + 1, dtype=torch.int32)
+    for p in pairs:
+        counts[flat[p] + 1] += 1
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    rows = (order // n_slots).to(torch.int32)
+    return LatentGroups(*(t.to(acts.device) for t in (order, rows, offsets)))

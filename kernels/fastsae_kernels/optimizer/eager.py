@@ -1,0 +1,61 @@
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels._row_grads import RowGrad
+
+BLOCK_BYTES = 2 << 20  # gradient, weight and moments of a block stay in a core's cache
+
+
+@torch.no_grad()
+def row_adam(
+    weight: Tensor,
+    grads: Sequence[RowGrad],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor | float,
+) -> None:
+    steps = torch.tensor(float(step), device=weight.device)
+    for start, stop, g in _gradient_blocks(weight, grads):
+        if not isinstance(grad_scale, float) or grad_scale != 1.0:
+            g = g * grad_scale
+        # What torch.optim.Adam(fused=True) runs; its public form would also count up the step.
+        torch._fused_adam_(
+            [weight[start:stop]],
+            [g],
+            [exp_avg[start:stop]],
+            [exp_avg_sq[start:stop]],
+            [],
+            [steps],
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+@torch.no_grad()
+def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
+    norms = [torch.linalg.vector_norm(g) for *_, g in _gradient_blocks(weight, grads)]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _gradient_blocks(
+    weight: Tensor, grads: Sequence[RowGrad]
+) -> Iterator[tuple[int, int, Tensor]]:
+    size = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
+    for start in range(0, len(weight), size):
+        stop = min(start + size, len(weight))
+        parts = [grad.block(start, stop) for grad in grads]
+        total = parts[0] if parts else torch.zeros_like(weight[start:stop])
+        for part in parts[1:]:
+            total = total + part
+        yield start, stop, total.to(weight.dtype)

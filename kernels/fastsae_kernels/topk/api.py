@@ -1,0 +1,61 @@
+from torch import Tensor
+
+from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
+from fastsae_kernels._dispatch import Impl, resolve_impl
+from fastsae_kernels.code import SparseCode
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> SparseCode:
+    """The k largest of relu(((x - b_pre) W_enc + b_enc) * scale), row by row.
+
+    Equals `torch.topk` of that dense [B, F] tensor: the multiset of values is exact on any input.
+    Rows with fewer than k positive values are filled with acts of 0 at distinct latents; NaN counts
+    as the largest value and comes out as NaN. TopK SAE: Gao et al. 2024 (arXiv 2406.04093), 2.3.
+
+    Args:
+        x: [..., D] rows.
+        W_enc: [D, F]; fastest with one latent contiguous (strides (1, D)).
+        b_enc: [F].
+        k: 1 <= k <= F.
+        b_pre: [D], subtracted from x, or None.
+        scale: [F] >= 0, multiplies the pre-activations (decoder norms), or None.
+        impl: `auto`, `eager` or `reference`.
+
+    Returns:
+        `SparseCode`: acts [..., k] in fp32 (fp64 for fp64 inputs) by value descending, lowest index
+        first among equals; indices [..., k] int32. Gradients flow from `acts` to x, W_enc, b_enc,
+        b_pre and scale, over the active pairs only.
+
+    Raises:
+        ValueError: k, a shape or a device breaks the rule it names.
+        TypeError: a dtype does.
+    """
+    check_float("W_enc", W_enc)
+    check_shape("W_enc", W_enc, "[D, F]", (None, None))
+    d_in, d_sae = W_enc.shape
+    check_rows("x", x, d_in)
+    check_float("b_enc", b_enc)
+    check_shape("b_enc", b_enc, "[F]", (d_sae,))
+    if b_pre is not None:
+        check_float("b_pre", b_pre)
+        check_shape("b_pre", b_pre, "[D]", (d_in,))
+    if scale is not None:
+        check_float("scale", scale)
+        check_shape("scale", scale, "[F]", (d_sae,))
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must be in [1, F] with F = {d_sae}, got {k}")
+    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale)
+    if resolve_impl(impl, x.device) is Impl.REFERENCE:
+        from fastsae_kernels.topk.reference import topk_encode as run
+    else:
+        from fastsae_kernels.topk.eager import topk_encode as run
+    return run(x, W_enc, b_enc, k, b_pre, scale)

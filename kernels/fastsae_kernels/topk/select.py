@@ -1,0 +1,150 @@
+"""Exact top-k of scores that are never all in memory at once.
+
+Columns are scored one cache-sized block at a time into the same buffer. A block's values beat a row
+only above the k-th best value seen so far, so it is enough to look at the groups of 32 columns
+whose maximum does; the few values found there are merged into the k best. Whatever the input, a
+block with too many of them is merged by `torch.topk` instead, so memory stays within the workspace.
+"""
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels._workspace import workspace_bytes
+
+GROUP = 32
+# 4096 columns of 2048 rows: 32 MiB, what stays in the last-level cache of a server CPU.
+BLOCK_BYTES = 32 << 20
+MAX_COLUMNS = 4096
+MAX_ROWS = 2048
+
+
+@torch.no_grad()
+def select_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    scale: Tensor | None,
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """acts, indices [B, k] of max((x W_enc + b_enc) * scale, floor), lowest index first in ties.
+
+    `floor` is 0 for a ReLU and -inf for signed values.
+    """
+    acts = x.new_empty(x.shape[0], k)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
+    n_rows, n_columns = _block_shape(x, W_enc.shape[1], k)
+    buffer = x.new_empty(n_rows * n_columns)
+    for start in range(0, x.shape[0], n_rows):
+        rows = slice(start, start + n_rows)
+        best = _Best(x[rows], k, floor)
+        for first in range(0, W_enc.shape[1], n_columns):
+            columns = slice(first, first + n_columns)
+            part = None if scale is None else scale[columns]
+            scores = _score(x[rows], W_enc[:, columns], b_enc[columns], part, buffer)
+            best.merge(scores, first)
+        acts[rows], indices[rows] = best.finish(W_enc.shape[1])
+    return acts, indices
+
+
+def _block_shape(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
+    """Rows and columns of a block; half the workspace is left for what is found in it."""
+    values = min(workspace_bytes() // 2, BLOCK_BYTES) // x.element_size()
+    rows = min(x.shape[0], MAX_ROWS) or 1
+    rows = max(1, min(rows, values // max(GROUP, 4 * k)))  # the k best and their merge fit too
+    columns = min(MAX_COLUMNS, values // rows // GROUP * GROUP)
+    return rows, max(GROUP, min(columns, -(-d_sae // GROUP) * GROUP))
+
+
+def _score(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor
+) -> Tensor:
+    """[B, C]: (x W_enc + b_enc) * scale, written into `buffer`."""
+    out = buffer[: x.shape[0] * W_enc.shape[1]].view(x.shape[0], W_enc.shape[1])
+    torch.mm(x, W_enc.to(x.dtype), out=out)
+    out.add_(b_enc)  # after the product: `addmm` would first fill the block with the bias
+    return out if scale is None else out.mul_(scale)
+
+
+class _Best:
+    """The k best values of each row so far, and the value that a newcomer must exceed."""
+
+    def __init__(self, x: Tensor, k: int, floor: float) -> None:
+        self.k, self.floor = k, floor
+        self.acts = x.new_full((x.shape[0], k), floor)
+        self.indices = torch.zeros(x.shape[0], k, dtype=torch.int32, device=x.device)
+        self.bound = x.new_full((x.shape[0],), floor)
+
+    def merge(self, scores: Tensor, first: int) -> None:
+        n_rows, n_columns = scores.shape
+        if n_columns % GROUP or n_columns <= 2 * GROUP:
+            return self._merge_block(scores, first)
+        groups = scores.view(n_rows, -1, GROUP)
+        maxima = groups.amax(2)
+        if first == 0 and maxima.shape[1] >= self.k:
+            # The k-th largest maximum is a value of the row that k values reach.
+            reached = maxima.topk(self.k, dim=1).values[:, -1]
+            self.bound = torch.nextafter(reached, reached.new_tensor(-torch.inf)).clamp_min_(self.floor)
+        # "Not below or equal" rather than "above": NaN passes and stays visible.
+        open_groups = (maxima <= self.bound[:, None]).logical_not_().view(-1).nonzero().squeeze(1)
+        if open_groups.numel() > maxima.numel() // 2:
+            return self._merge_block(scores, first)
+        found = groups.view(-1, GROUP)[open_groups]
+        group_rows = open_groups // maxima.shape[1]
+        beats = (found <= self.bound[group_rows][:, None]).logical_not_()
+        hits = beats.view(-1).nonzero().squeeze(1)
+        values = found.view(-1)[hits]
+        hit_groups = hits // GROUP
+        rows = group_rows[hit_groups]
+        columns = open_groups[hit_groups] % maxima.shape[1] * GROUP + hits % GROUP + first
+        counts = rows.bincount(minlength=n_rows)
+        width = int(counts.max())
+        if width > max(8 * self.k, n_columns // 8):
+            return self._merge_block(scores, first)
+        # Row by row: each newcomer's place behind the k best, where padding never wins.
+        slot = torch.arange(hits.numel(), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        place = rows * width + slot
+        new_acts = values.new_full((n_rows, width), -torch.inf)
+        new_acts.view(-1)[place] = values
+        new_indices = self.indices.new_zeros(n_rows, width)
+        new_indices.view(-1)[place] = columns.int()
+        self._keep(new_acts, new_indices)
+
+    def _merge_block(self, scores: Tensor, first: int) -> None:
+        values, columns = scores.topk(min(self.k, scores.shape[1]), dim=1)
+        self._keep(values, (columns + first).int())
+
+    def _keep(self, new_acts: Tensor, new_indices: Tensor) -> None:
+        acts = torch.cat([self.acts, new_acts.clamp_min_(self.floor)], dim=1)
+        self.acts, order = acts.topk(self.k, dim=1)
+        self.indices = torch.cat([self.indices, new_indices], dim=1).gather(1, order)
+        self.bound = self.acts[:, -1].contiguous()
+
+    def finish(self, d_sae: int) -> tuple[Tensor, Tensor]:
+        acts, indices = self.acts, self.indices
+        if self.floor == 0 and bool((acts[:, -1] == 0).any()):
+            indices = _fill_padding(acts, indices, d_sae)
+        if self.k > 1 and bool((acts[:, 1:] == acts[:, :-1]).any()):
+            indices, order = indices.sort(dim=1)
+            acts = acts.gather(1, order)
+            acts, order = acts.sort(dim=1, descending=True, stable=True)
+            indices = indices.gather(1, order)
+        return acts, indices
+
+
+def _fill_padding(acts: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """Give the acts of 0 the lowest latents that are not active in their row."""
+    short = (acts[:, -1] == 0).nonzero().squeeze(1)
+    k = acts.shape[1]
+    out = indices.clone()
+    for rows in short.split(max(1, workspace_bytes() // (32 * k))):
+        n_candidates = min(2 * k, d_sae)
+        active = acts[rows] != 0
+        taken = torch.zeros(len(rows), n_candidates + 1, dtype=torch.bool, device=acts.device)
+        spill = torch.where(active, indices[rows].long(), n_candidates).clamp_max(n_candidates)
+        taken.scatter_(1, spill, True)
+        free = taken[:, :n_candidates].to(torch.int8).argsort(dim=1, stable=True)
+        rank = (~active).cumsum(1) - 1
+        picked = free.gather(1, rank.clamp_min(0)).int()
+        out[rows] = torch.where(active, indices[rows], picked)
+    return out
