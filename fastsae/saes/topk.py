@@ -1,7 +1,7 @@
 """TopK SAE: the k largest latents of each row. Gao et al. 2024, arXiv 2406.04093."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,6 +15,8 @@ from fastsae_kernels import (
     mse_l1_loss,
     topk_encode,
 )
+
+T = TypeVar("T", SparseCode, RaggedCode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +44,16 @@ class TopKSAE(SAE):
     cfg: TopKConfig
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode:
-        return self._encode(self._prepare(x))
+        return self._encode(self._prepare(x), self._scale())
 
-    def _encode(self, x: Tensor) -> SparseCode:
+    def _encode(self, x: Tensor, scale: Tensor | None) -> SparseCode:
         return topk_encode(
             x,
             self.W_enc,
             self.b_enc,
             self.cfg.k,
             b_pre=self.b_pre,
-            scale=self._scale(),
+            scale=scale,
             impl=self.impl,
         )
 
@@ -59,8 +61,9 @@ class TopKSAE(SAE):
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
     ) -> SAELoss:
         x = self._training_rows(x)
-        code = self._encode(x)
-        unscaled = self._unscaled(code)
+        scale = self._scale()
+        code = self._encode(x, scale)
+        unscaled = _divided(code, scale)
         mse, _, err = mse_l1_loss(x, unscaled, self.W_dec, self.b_dec, impl=self.impl)
         total, terms = mse, {"mse": mse.detach()}
         if dead is not None and self.cfg.aux_loss_coefficient:
@@ -72,7 +75,7 @@ class TopKSAE(SAE):
                 self.b_enc,
                 self.W_dec,
                 b_pre=self.b_pre,
-                scale=self._scale(),
+                scale=scale,
                 impl=self.impl,
             )
             total, terms["auxk"] = total + auxk, auxk.detach()
@@ -84,10 +87,7 @@ class TopKSAE(SAE):
         return self.decoder_norms().detach() if self.cfg.rescale_acts_by_decoder_norm else None
 
     def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
-        scale = self._scale()
-        if scale is None:
-            return code
-        return code._replace(acts=code.acts / scale[code.indices.long()])
+        return _divided(code, self._scale())
 
     def _decode_dense(self, acts: Tensor) -> Tensor:
         scale = self._scale()
@@ -105,3 +105,10 @@ class TopKSAE(SAE):
                 "got False: folding would change which k latents are the largest"
             )
         super().fold_W_dec_norm()
+
+
+def _divided(code: T, scale: Tensor | None) -> T:
+    """The code of the acts that multiply W_dec's rows, norms taken out again."""
+    if scale is None:
+        return code
+    return code._replace(acts=code.acts / scale[code.indices.long()])

@@ -86,7 +86,7 @@ class RowAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         self._row_grads = {p: collect_row_grads(p) for p in self._parameters if p.ndim == 2}
-        self._factor: Tensor | float = 1.0
+        self._factor: Tensor | None = None
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -118,7 +118,7 @@ class RowAdam(torch.optim.Optimizer):
                     eps=group["eps"],
                     grad_scale=self._factor,
                 )
-        self._factor = 1.0
+        self._factor = None
 
     def _gradient(self, p: nn.Parameter) -> list[RowGrad]:
         if p.ndim == 2:

@@ -8,7 +8,7 @@ Backward hands that over as a `RowGrad`, to be summed by a row optimizer one cac
 rows at a time, or to be written out as an ordinary dense gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class PairGrad:
 
     def block(self, start: int, stop: int) -> Tensor:
         """[stop - start, D]: the gradient of these rows, summed in a fixed order."""
-        first, last = self.groups.offsets[[start, stop]].tolist()
+        first, last = int(self.groups.offsets[start]), int(self.groups.offsets[stop])
         return F.embedding_bag(
             self.groups.rows[first:last],
             self.operand,
@@ -38,6 +38,9 @@ class PairGrad:
             mode="sum",
             include_last_offset=True,
         )
+
+    def scaled(self, factor: Tensor) -> "PairGrad":
+        return replace(self, coef=self.coef * factor)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class SubsetGrad:
         out[self.latents[first:last] - start] = self.values[first:last]
         return out
 
+    def scaled(self, factor: Tensor) -> "SubsetGrad":
+        return replace(self, values=self.values * factor)
+
 
 @dataclass(frozen=True)
 class DenseGrad:
@@ -66,6 +72,9 @@ class DenseGrad:
 
     def block(self, start: int, stop: int) -> Tensor:
         return self.values[start:stop]
+
+    def scaled(self, factor: Tensor) -> "DenseGrad":
+        return replace(self, values=self.values * factor)
 
 
 RowGrad = PairGrad | SubsetGrad | DenseGrad

@@ -16,7 +16,7 @@ def row_adam(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    grad_scale: Tensor | float = 1.0,
+    grad_scale: Tensor | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> None:
     """One Adam step of a dictionary's rows, in place, without its dense gradient ever existing.
@@ -31,7 +31,7 @@ def row_adam(
         weight, exp_avg, exp_avg_sq: [F, D], contiguous, fp32 or fp64.
         grads: what backward left in `weight.row_grads`.
         step: number of this step, from 1.
-        grad_scale: factor on the gradient (clipping).
+        grad_scale: 0-dim factor on the gradient (clipping), or None for 1.
         impl: `auto`, `eager` or `reference`.
 
     Raises:

@@ -18,12 +18,12 @@ def row_adam(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    grad_scale: Tensor | float,
+    grad_scale: Tensor | None,
 ) -> None:
     steps = torch.tensor(float(step), device=weight.device)
+    if grad_scale is not None:
+        grads = [grad.scaled(grad_scale) for grad in grads]
     for start, stop, g in _gradient_blocks(weight, grads):
-        if not isinstance(grad_scale, float) or grad_scale != 1.0:
-            g = g * grad_scale
         # What torch.optim.Adam(fused=True) runs; its public form would also count up the step.
         torch._fused_adam_(
             [weight[start:stop]],
@@ -44,8 +44,8 @@ def row_adam(
 
 @torch.no_grad()
 def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
-    norms = [torch.linalg.vector_norm(g) for *_, g in _gradient_blocks(weight, grads)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    blocks = (g.reshape(-1) for *_, g in _gradient_blocks(weight, grads))
+    return torch.stack([torch.dot(g, g) for g in blocks]).sum().sqrt()
 
 
 def _gradient_blocks(

@@ -16,10 +16,11 @@ def row_adam(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    grad_scale: Tensor | float,
+    grad_scale: Tensor | None,
 ) -> None:
     blocks = (grad.block(0, len(weight)) for grad in grads)
-    g = sum(blocks, start=torch.zeros_like(weight)) * grad_scale
+    g = sum(blocks, start=torch.zeros_like(weight))
+    g = g if grad_scale is None else g * grad_scale
     exp_avg.mul_(betas[0]).add_(g, alpha=1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps

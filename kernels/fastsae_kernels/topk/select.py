@@ -1,20 +1,18 @@
-"""Exact top-k of scores that are never all in memory at once.
+"""Exact top-k of scores that need not all be in memory at once.
 
-Columns are scored one cache-sized block at a time into the same buffer. A block's values beat a row
-only above the k-th best value seen so far, so it is enough to look at the groups of 32 columns
-whose maximum does; the few values found there are merged into the k best. Whatever the input, a
-block with too many of them is merged by `torch.topk` instead, so memory stays within the workspace.
+Blocks of scores as large as half the workspace are written into the same buffer. The k-th largest
+maximum over groups of 32 columns is a value that k scores reach, so only groups whose maximum does
+can hold a winner: on real inputs about k of them. Their few values are merged into the k best so
+far, whose last is the bound for the next block. Whatever the input, a block with too many such
+groups is merged by `torch.topk` instead, so memory stays within the workspace.
 """
 
 import torch
 from torch import Tensor
 
-from fastsae_kernels._workspace import workspace_bytes
+from fastsae_kernels._workspace import scratch, workspace_bytes
 
 GROUP = 32
-# 4096 columns of 2048 rows: 32 MiB, what stays in the last-level cache of a server CPU.
-BLOCK_BYTES = 32 << 20
-MAX_COLUMNS = 4096
 MAX_ROWS = 2048
 
 
@@ -34,7 +32,7 @@ def select_topk(
     acts = x.new_empty(x.shape[0], k)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
     n_rows, n_columns = _block_shape(x, W_enc.shape[1], k)
-    buffer = x.new_empty(n_rows * n_columns)
+    buffer = scratch(n_rows * n_columns, x)
     for start in range(0, x.shape[0], n_rows):
         rows = slice(start, start + n_rows)
         best = _Best(x[rows], k, floor)
@@ -49,10 +47,9 @@ def select_topk(
 
 def _block_shape(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
     """Rows and columns of a block; half the workspace is left for what is found in it."""
-    values = min(workspace_bytes() // 2, BLOCK_BYTES) // x.element_size()
-    rows = min(x.shape[0], MAX_ROWS) or 1
-    rows = max(1, min(rows, values // max(GROUP, 4 * k)))  # the k best and their merge fit too
-    columns = min(MAX_COLUMNS, values // rows // GROUP * GROUP)
+    values = workspace_bytes() // 2 // x.element_size()
+    rows = max(1, min(x.shape[0], MAX_ROWS, values // max(GROUP, 4 * k)))
+    columns = values // rows // GROUP * GROUP
     return rows, max(GROUP, min(columns, -(-d_sae // GROUP) * GROUP))
 
 
@@ -62,8 +59,10 @@ def _score(
     """[B, C]: (x W_enc + b_enc) * scale, written into `buffer`."""
     out = buffer[: x.shape[0] * W_enc.shape[1]].view(x.shape[0], W_enc.shape[1])
     torch.mm(x, W_enc.to(x.dtype), out=out)
-    out.add_(b_enc)  # after the product: `addmm` would first fill the block with the bias
-    return out if scale is None else out.mul_(scale)
+    # The bias comes after the product: `addmm` would first fill the block with it.
+    if scale is None:
+        return out.add_(b_enc)
+    return torch.addcmul(b_enc * scale, out, scale, out=out)
 
 
 class _Best:
@@ -89,7 +88,7 @@ class _Best:
         open_groups = (maxima <= self.bound[:, None]).logical_not_().view(-1).nonzero().squeeze(1)
         if open_groups.numel() > maxima.numel() // 2:
             return self._merge_block(scores, first)
-        found = groups.view(-1, GROUP)[open_groups]
+        found = groups.view(-1, GROUP).index_select(0, open_groups)
         group_rows = open_groups // maxima.shape[1]
         beats = (found <= self.bound[group_rows][:, None]).logical_not_()
         hits = beats.view(-1).nonzero().squeeze(1)

@@ -1,0 +1,1 @@
+"""Benchmarks: parity first, then times with their rivals in the same run."""

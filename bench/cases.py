@@ -1,0 +1,41 @@
+"""Named shapes, after real uses, and inputs with the statistics of a residual stream."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    B: int
+    D: int
+    F: int
+    K: int
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("smollm2-135m-4k", 2048, 576, 4096, 32),
+        Case("smollm2-135m-16k", 2048, 576, 16_384, 32),
+        Case("smollm2-135m-16k-k64", 4096, 576, 16_384, 64),
+        Case("smollm2-135m-65k", 2048, 576, 65_536, 32),
+        Case("smollm2-135m-262k", 2048, 576, 262_144, 32),
+        Case("gpt2-small-24k", 4096, 768, 24_576, 32),
+        Case("gemma-2-2b-65k", 8192, 2304, 65_536, 64),
+        Case("llama-3.1-8b-131k", 8192, 4096, 131_072, 64),
+    )
+}
+
+
+def rows(case: Case, seed: int = 0) -> Tensor:
+    """[B, D]: low-rank plus noise with a few large dimensions, norm sqrt(D) in the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = max(1, case.D // 8)
+    low = torch.randn(case.B, rank, generator=generator)
+    x = low @ torch.randn(rank, case.D, generator=generator)
+    x += 0.3 * x.std() * torch.randn(case.B, case.D, generator=generator)
+    x[:, :: max(1, case.D // 4)] *= 5
+    return x * (case.D**0.5 / x.norm(dim=1).mean())

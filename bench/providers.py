@@ -1,0 +1,165 @@
+"""Whole training steps to compare: a provider is a function from a start to a step.
+
+Every provider starts from the same weights and returns a closure that trains on one batch and gives
+back the mean squared error summed over D, so that parity can be checked before anything is timed.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from fastsae import OptimizerConfig, TopKConfig, TrainConfig, Trainer
+from fastsae_kernels import Impl
+
+LR = 3e-4
+Step = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights [D, F], [F, D] that every provider starts from, and the latents taken for dead."""
+
+    case: Case
+    W_enc: Tensor
+    W_dec: Tensor
+    dead: Tensor | None
+
+    @staticmethod
+    def random(case: Case, dead_fraction: float, seed: int = 0) -> "Start":
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.randn(case.F, case.D, generator=generator)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        dead = None
+        if dead_fraction:
+            dead = torch.rand(case.F, generator=generator) < dead_fraction
+        return Start(case, W_dec.t(), W_dec, dead)
+
+
+def fastsae_step(
+    start: Start,
+    *,
+    clip: bool = True,
+    kind: Any = "row_adam",
+    impl: Impl | str = Impl.AUTO,
+) -> Step:
+    case = start.case
+    sae_cfg = TopKConfig(d_in=case.D, d_sae=case.F, k=case.K)
+    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0 if clip else None, warm_up_steps=0)
+    trainer = Trainer(
+        TrainConfig(
+            sae=sae_cfg,
+            total_tokens=10**6 * case.B,
+            batch_size=case.B,
+            optimizer=optimizer,
+            dead_window=10**12,
+        )
+    )
+    trainer.sae.impl = impl
+    with torch.no_grad():
+        trainer.sae.W_enc.copy_(start.W_enc)
+        trainer.sae.W_dec.copy_(start.W_dec)
+
+    def step(x: Tensor) -> float:
+        if start.dead is not None:
+            trainer.dead.since_fired.masked_fill_(start.dead.to(trainer.device), 2 * 10**12)
+        return float(trainer.step(x).terms["mse"])
+
+    return step
+
+
+def sae_lens_step(start: Start) -> Step:
+    with _quiet():
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.config import LoggingConfig, SAETrainerConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        case = start.case
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=case.D, d_sae=case.F, k=case.K))
+        cfg = SAETrainerConfig(
+            n_checkpoints=0,
+            checkpoint_path=None,
+            save_final_checkpoint=False,
+            total_training_samples=10**6 * case.B,
+            device="cpu",
+            autocast=False,
+            lr=LR,
+            lr_end=LR,
+            lr_scheduler_name="constant",
+            lr_warm_up_steps=0,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            lr_decay_steps=0,
+            n_restart_cycles=1,
+            train_batch_size_samples=case.B,
+            dead_feature_window=10**9,
+            feature_sampling_window=2000,
+            logger=LoggingConfig(log_to_wandb=False),
+        )
+        no_data: Iterator[Tensor] = iter(())
+        trainer = SAETrainer(cfg, sae, no_data)
+    with torch.no_grad():
+        sae.W_enc.copy_(start.W_enc)
+        sae.W_dec.copy_(start.W_dec)
+
+    def step(x: Tensor) -> float:
+        if start.dead is not None:
+            trainer.n_forward_passes_since_fired.masked_fill_(start.dead, 2e9)
+        with _quiet():
+            output = trainer.step(x)
+        return float(output.losses["mse_loss"].detach())
+
+    return step
+
+
+def sparsify_step(start: Start) -> Step:
+    """sparsify's SparseCoder in the order of its trainer, with the Adam it takes on a CPU."""
+    with _quiet():
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        case = start.case
+        sae = SparseCoder(case.D, SparseCoderConfig(num_latents=case.F, k=case.K), device="cpu")
+    assert sae.W_dec is not None
+    with torch.no_grad():
+        sae.encoder.weight.copy_(start.W_enc.t())
+        sae.W_dec.copy_(start.W_dec)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
+    since_fired = torch.zeros(case.F, dtype=torch.long)
+
+    def step(x: Tensor) -> float:
+        with _quiet():
+            sae.set_decoder_norm_to_unit_norm()
+            out = sae(x=x, y=x, dead_mask=start.dead)
+        (out.fvu + out.auxk_loss).backward()
+        did_fire = torch.zeros(case.F, dtype=torch.bool)
+        did_fire[out.latent_indices.flatten()] = True
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        since_fired.add_(len(x)).masked_fill_(did_fire, 0)
+        spread = (x - x.mean(0)).square().sum()
+        return float(out.fvu.detach() * spread / len(x))
+
+    return step
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+PROVIDERS: dict[str, Callable[[Start], Step]] = {
+    "fastsae": lambda start: fastsae_step(start),
+    "fastsae-no-clip": lambda start: fastsae_step(start, clip=False),
+    "fastsae-plain-adam": lambda start: fastsae_step(start, kind="adam"),
+    "reference": lambda start: fastsae_step(start, kind="adam", impl=Impl.REFERENCE),
+    "sae-lens": sae_lens_step,
+    "sparsify": sparsify_step,
+}

@@ -1,0 +1,60 @@
+"""Result rows: one JSON object a line, with the hardware and versions that made it."""
+
+import datetime
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "sae-lens", "eai-sparsify")
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "device": _device(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def append(file: str, rows: list[dict[str, Any]]) -> Path:
+    """Add rows, each with the environment, to `bench/results/<file>.jsonl`."""
+    RESULTS.mkdir(exist_ok=True)
+    path, here = RESULTS / f"{file}.jsonl", environment()
+    with path.open("a") as out:
+        for row in rows:
+            out.write(json.dumps(row | here) + "\n")
+    return path
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,106 @@
+"""One whole training step, Adam and counters included, against its rivals in one process.
+
+    python -m bench.train_step                              # smollm2-135m-16k, every provider
+    python -m bench.train_step --case smollm2-135m-65k --dead 0.05
+    python -m bench.train_step --memory                     # peak temporary memory
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.cases import CASES, Case, rows
+from bench.measure import interleaved, peak_extra_bytes, quantiles
+from bench.providers import PROVIDERS, Start, Step, fastsae_step
+from bench.record import append
+from fastsae_kernels import release_scratch, workspace
+
+MEMORY_WORKSPACE = 32 << 20
+PARITY = 1e-4
+
+
+def times(case: Case, providers: list[str], repeats: int, dead: float) -> list[dict[str, Any]]:
+    """Milliseconds of each provider, of the plain encoder GEMM, and their ratios."""
+    start, x = Start.random(case, dead), rows(case)
+    steps: dict[str, Step] = {name: PROVIDERS[name](start) for name in providers}
+    losses = {name: step(x) for name, step in steps.items()}
+    anchor = losses[providers[0]]
+    failing = {n: v for n, v in losses.items() if abs(v - anchor) > PARITY * abs(anchor)}
+    for name, value in failing.items():
+        print(f"{name}: parity failed, mse {value} against {anchor}; not timed")
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(step, x) for name, step in steps.items() if name not in failing
+    }
+    row_major = start.W_enc.contiguous()
+    out = torch.empty(case.B, case.F)
+    runs["gemm"] = lambda: torch.mm(x, start.W_enc)
+    runs["gemm-row-major"] = lambda: torch.mm(x, row_major)
+    runs["gemm-out"] = lambda: torch.mm(x, start.W_enc, out=out)
+    seconds = interleaved(runs, repeats)
+    medians = {name: quantiles(s)["ms_p50"] for name, s in seconds.items()}
+    gemm = min(medians["gemm"], medians["gemm-row-major"])
+    shape = {"B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    return [
+        {
+            "bench": "train_step",
+            "case": case.name,
+            **shape,
+            "dead": dead,
+            "provider": name,
+            **quantiles(s),
+            "over_gemm": round(medians[name] / gemm, 3),
+            "over_fastsae": round(medians[name] / medians[providers[0]], 3),
+        }
+        for name, s in seconds.items()
+    ]
+
+
+def memory(case: Case) -> list[dict[str, Any]]:
+    """Peak bytes of a step beyond parameters, moments and three [B, D] fp32 tensors."""
+    x = rows(case)
+    with workspace(MEMORY_WORKSPACE):
+        step = fastsae_step(Start.random(case, 0.0))
+        step(x)
+        release_scratch()
+        peak = peak_extra_bytes(partial(step, x)) - 3 * x.numel() * 4
+    dense = 4 * case.B * case.F
+    allowed = MEMORY_WORKSPACE + 0.02 * dense
+    return [
+        {
+            "bench": "train_step_memory",
+            "case": case.name,
+            "provider": "fastsae",
+            "workspace_mib": MEMORY_WORKSPACE >> 20,
+            "peak_temporary_mib": round(peak / 2**20, 1),
+            "allowed_mib": round(allowed / 2**20, 1),
+            "dense_latents_mib": round(dense / 2**20, 1),
+        }
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--case", choices=CASES, default="smollm2-135m-16k")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dead", type=float, default=0.0, help="share of latents taken for dead")
+    parser.add_argument("--memory", action="store_true", help="peak temporary memory instead")
+    parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
+    args = parser.parse_args()
+    case = CASES[args.case]
+    found = memory(case) if args.memory else times(case, args.providers, args.repeats, args.dead)
+    shown = ("provider", "ms_p20", "ms_p50", "ms_p80", "over_gemm", "over_fastsae")
+    columns = list(found[0])[2:] if args.memory else shown
+    print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
+    print("  ".join(f"{c:>18}" for c in columns))
+    for row in found:
+        print("  ".join(f"{row[c]!s:>18}" for c in columns))
+    if args.save:
+        print(f"appended to {append(args.save, found)}")
+
+
+if __name__ == "__main__":
+    main()
