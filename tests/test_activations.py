@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
 from fastsae.data import (
     Activations,
     LanguageModel,
@@ -19,8 +22,8 @@ from fastsae.data import (
     resolve_hook,
     tokenize,
 )
-from torch import Tensor
 
+NO_TOKENIZER: Any = None
 STORY = (
     "The river rose for three days before anyone thought to move the boats. By then the mill was "
     "under water, and the old bridge had gone with a noise that was heard in the next village. "
@@ -40,7 +43,7 @@ def lm() -> LanguageModel:
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model.model.embed_tokens.weight[7] *= 40  # a massive token, as real models have
-    return LanguageModel("tiny", model, None)
+    return LanguageModel("tiny", model, NO_TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,8 @@ def test_default_model_has_the_rows_that_are_set_aside():
     assert harvested.rows.norm(dim=-1).max() < 3 * harvested.median_norm
 
 
-def test_nan_is_refused(lm: LanguageModel, hook, tokens: Tensor):
+def test_nan_is_refused(lm: LanguageModel, tokens: Tensor):
+    hook = resolve_hook(lm, "blocks.0.hook_resid_pre")  # before attention spreads it
     weight = lm.model.model.embed_tokens.weight
     kept = weight[9].clone()
     weight[9] = float("nan")

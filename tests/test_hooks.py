@@ -1,10 +1,14 @@
-"""Hook names on four layouts of Hugging Face models; capture and splice against the model itself."""
+"""Hook names on four layouts of Hugging Face models; capture and splice against the model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
 from fastsae.data import (
     LanguageModel,
     capture,
@@ -14,10 +18,20 @@ from fastsae.data import (
     resolve_hook,
     splice,
 )
-from torch import Tensor
 
-_SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-_LLAMA = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8, "pad_token_id": 0}
+NO_TOKENIZER: Any = None
+_SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+_LLAMA: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 LAYOUTS = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES, **_LLAMA),
     "gemma2": lambda: transformers.Gemma2Config(**_SIZES, **_LLAMA, sliding_window=8),
@@ -37,7 +51,7 @@ def lm(request: pytest.FixtureRequest) -> LanguageModel:
 def tiny(layout: str) -> LanguageModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(LAYOUTS[layout]())
-    return LanguageModel(layout, model.eval().requires_grad_(False), None)
+    return LanguageModel(layout, model.eval().requires_grad_(False), NO_TOKENIZER)
 
 
 def read(lm: LanguageModel, name: str) -> Tensor:
@@ -166,7 +180,9 @@ def test_layer_without_that_part_is_refused():
     config = transformers.OPTConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48
     )
-    lm = LanguageModel("opt", transformers.AutoModelForCausalLM.from_config(config).eval(), None)
+    lm = LanguageModel(
+        "opt", transformers.AutoModelForCausalLM.from_config(config).eval(), NO_TOKENIZER
+    )
     with pytest.raises(ValueError, match="mlp_out needs a layer with .* got OPTDecoderLayer; name"):
         resolve_hook(lm, "blocks.0.hook_mlp_out")
 

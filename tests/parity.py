@@ -1,0 +1,102 @@
+"""Parity: an implementation may be no further from the fp64 truth than the reference is.
+
+Inputs lie on a lattice on which every score is exact in fp32 and no two of a row are equal, so that
+all implementations select the same latents and what differs is rounding alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels import Impl
+
+SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""What an implementation's relative error may be above the reference's own."""
+
+Inputs = dict[str, Tensor]
+Losses = Callable[[Inputs, Impl], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int
+    D: int
+    F: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"B{self.B}-D{self.D}-F{self.F}-K{self.K}"
+
+
+SHAPES = [
+    Shape(16, 32, 256, 8),
+    Shape(17, 33, 257, 7),
+    Shape(5, 19, 1003, 20),
+    Shape(1, 7, 65, 3),
+    Shape(9, 12, 40, 1),
+    Shape(3, 5, 11, 11),
+]
+
+
+def lattice(*shape: int, steps: int = 8) -> Tensor:
+    """Multiples of 1/8 in [-1, 1], exact in every dtype down to bf16."""
+    return torch.randint(-steps, steps + 1, shape).double() / steps
+
+
+def weights(shape: Shape) -> Inputs:
+    """An SAE's inputs in fp64; b_enc makes every score of a row distinct."""
+    order = torch.randperm(shape.F).double()
+    return {
+        "x": lattice(shape.B, shape.D),
+        "W_enc": lattice(shape.F, shape.D).t(),
+        "b_enc": order * 2.0**-18,
+        "W_dec": lattice(shape.F, shape.D),
+        "b_dec": lattice(shape.D),
+    }
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    if truth.numel() == 0:
+        return 0.0
+    scale = truth.double().abs().max().clamp_min(1e-300)
+    return float((got.double() - truth.double()).abs().max() / scale)
+
+
+def outputs_and_gradients(losses: Losses, inputs: Inputs, impl: Impl) -> dict[str, Tensor]:
+    """Every output, and for every 0-dim output the gradient of every floating input."""
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    leaves = {k: torch.empty_like(inputs[k]).copy_(v).detach().requires_grad_() for k, v in leaves.items()}
+    found = losses(leaves, impl)
+    results = {name: value.detach() for name, value in found.items()}
+    for name, value in found.items():
+        if value.ndim == 0 and value.requires_grad:
+            grads = torch.autograd.grad(
+                value, list(leaves.values()), retain_graph=True, allow_unused=True
+            )
+            for leaf, grad in zip(leaves, grads, strict=True):
+                zero = torch.zeros_like(inputs[leaf])
+                results[f"d{name}/d{leaf}"] = zero if grad is None else grad
+    return results
+
+
+def check_parity(losses: Losses, inputs: Inputs, dtypes: dict[str, torch.dtype]) -> None:
+    """Hold `eager` to the reference at fp64, output by output and gradient by gradient."""
+    cast = {k: torch.empty_like(v, dtype=dtypes.get(k, v.dtype)).copy_(v) for k, v in inputs.items()}
+    slack = max(SLACK[t.dtype] for t in cast.values())
+    truth = outputs_and_gradients(losses, inputs, Impl.REFERENCE)
+    reference = outputs_and_gradients(losses, cast, Impl.REFERENCE)
+    eager = outputs_and_gradients(losses, cast, Impl.EAGER)
+    assert eager.keys() == truth.keys()
+    for name, exact in truth.items():
+        allowed = relative_error(reference[name], exact) + slack
+        error = relative_error(eager[name], exact)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def all_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Everything in `dtype`, the encoder's bias in fp32 at least so that scores stay distinct."""
+    names = ("x", "W_enc", "W_dec", "b_dec", "scale", "l1_weight", "residual")
+    wide = torch.promote_types(dtype, torch.float32)
+    return {**dict.fromkeys(names, dtype), "b_enc": wide}

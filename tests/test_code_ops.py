@@ -1,0 +1,125 @@
+"""group_by_latent, sparse_decode and mse_l1_loss."""
+
+import pytest
+import torch
+from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
+
+from fastsae_kernels import (
+    RaggedCode,
+    SparseCode,
+    group_by_latent,
+    mse_l1_loss,
+    sparse_decode,
+    threshold_encode,
+    workspace,
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+ids = lambda d: str(d).removeprefix("torch.")
+
+
+def code_of(shape, repeated=False):
+    """A code with some acts of 0; `repeated` makes all rows share their latents."""
+    n = 1 if repeated else shape.B
+    indices = torch.stack([torch.randperm(shape.F)[: shape.K] for _ in range(n)])
+    acts = lattice(shape.B, shape.K).abs()
+    return acts, indices.expand(shape.B, -1).int().contiguous()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_groups_match_reference(shape):
+    acts, indices = code_of(shape)
+    code = SparseCode(acts, indices)
+    eager = group_by_latent(code, shape.F, impl="eager")
+    reference = group_by_latent(code, shape.F, impl="reference")
+    live = int(reference.offsets[-1])
+    assert torch.equal(eager.offsets, reference.offsets)
+    assert torch.equal(eager.pairs[:live], reference.pairs[:live])
+    assert torch.equal(eager.rows[:live], reference.rows[:live])
+    assert live == int((acts != 0).sum())
+    dense = code.to_dense(shape.F)
+    assert torch.equal(eager.counts().long(), (dense != 0).sum(0))
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["spread", "repeated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode_matches_reference(shape, dtype, repeated):
+    acts, indices = code_of(shape, repeated)
+    inputs = weights(shape) | {"acts": acts}
+    mix = lattice(shape.B, shape.D)
+
+    def losses(i, impl):
+        x_hat = sparse_decode(SparseCode(i["acts"], indices), i["W_dec"], i["b_dec"], impl=impl)
+        return {"x_hat": x_hat, "loss": (x_hat * mix).sum()}
+
+    wide = torch.promote_types(dtype, torch.float32)
+    check_parity(losses, inputs, all_in(dtype) | {"acts": wide})
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_loss_term_matches_reference(shape, dtype, weighted):
+    acts, indices = code_of(shape)
+    signed = acts * torch.where(torch.rand_like(acts) < 0.2, -1.0, 1.0)
+    inputs = weights(shape) | {"acts": signed}
+    if weighted:
+        inputs["l1_weight"] = lattice(shape.F).abs()
+
+    def losses(i, impl):
+        code = SparseCode(i["acts"], indices)
+        found = mse_l1_loss(i["x"], code, i["W_dec"], i["b_dec"], i.get("l1_weight"), impl=impl)
+        both = found.mse + 0.25 * found.l1
+        return {"mse": found.mse, "l1": found.l1, "err": found.err, "both": both}
+
+    wide = torch.promote_types(dtype, torch.float32)
+    check_parity(losses, inputs, all_in(dtype) | {"acts": wide})
+
+
+def test_gather_in_blocks_equals_sampled_product():
+    from fastsae_kernels import _sddmm
+
+    indices = torch.randint(0, 50, (40, 6))
+    rows, weight = torch.randn(40, 8), torch.randn(50, 8)
+    with workspace(1 << 20):
+        dots = _sddmm.pair_dots(indices, rows.bfloat16(), weight.bfloat16())
+    exact = (rows.bfloat16().float()[:, None] * weight.bfloat16().float()[indices]).sum(-1)
+    assert torch.allclose(dots.float(), exact, atol=0.1)
+
+
+def test_ragged_decode_matches_dense():
+    inputs = {k: v.float() for k, v in weights(Shape(13, 10, 80, 1)).items()}
+    code = threshold_encode(inputs["x"], inputs["W_enc"], inputs["b_enc"], threshold=0.5)
+    dense = code.to_dense(80)
+    expected = dense @ inputs["W_dec"] + inputs["b_dec"]
+    for impl in ("eager", "reference"):
+        x_hat = sparse_decode(code, inputs["W_dec"], inputs["b_dec"], impl=impl)
+        assert torch.allclose(x_hat, expected, atol=1e-5)
+
+
+def test_ragged_code_without_entries_decodes_to_the_bias():
+    no_indices = torch.zeros(0, dtype=torch.int32)
+    empty = RaggedCode(torch.zeros(4, dtype=torch.int32), no_indices, torch.zeros(0))
+    bias = torch.tensor([1.0, 2.0])
+    assert torch.equal(sparse_decode(empty, torch.ones(5, 2), bias), bias.repeat(3, 1))
+
+
+def test_nan_reaches_the_loss():
+    code = SparseCode(torch.tensor([[1.0, torch.nan]]), torch.tensor([[0, 1]], dtype=torch.int32))
+    assert mse_l1_loss(torch.ones(1, 3), code, torch.ones(4, 3), torch.zeros(3)).mse.isnan()
+
+
+def test_bad_shapes_are_refused():
+    code = SparseCode(torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"acts and indices must have the same shape \[\.\.\., K\]"):
+        sparse_decode(code, torch.ones(4, 3))
+    with pytest.raises(ValueError, match="acts and indices"):
+        group_by_latent(code, 4)
+    good = SparseCode(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., D\] with D = 3"):
+        mse_l1_loss(torch.ones(2, 4), good, torch.ones(4, 3), torch.ones(3))
+    with pytest.raises(ValueError, match="x and code.acts must have the same leading shape"):
+        mse_l1_loss(torch.ones(5, 3), good, torch.ones(4, 3), torch.ones(3))
+    with pytest.raises(TypeError, match="indices must be int32 or int64"):
+        sparse_decode(SparseCode(torch.ones(2, 2), torch.ones(2, 2)), torch.ones(4, 3))

@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from fastsae import OptimizerConfig, TopKConfig, TopKSAE
+from fastsae.training.optimizer import PlainAdam, RowAdam, build_optimizer, restore_memory_order
+from fastsae_kernels import DenseGrad, row_adam, workspace
+
+
+def trained(kind, steps=4, clip=None, k=4, d_in=12, d_sae=600):
+    torch.manual_seed(1)
+    sae = TopKSAE(TopKConfig(d_in=d_in, d_sae=d_sae, k=k))
+    optimizer = build_optimizer(sae, OptimizerConfig(kind=kind), lr=1e-2)
+    norms = []
+    for _ in range(steps):
+        x = torch.randn(64, d_in) + 1
+        dead = torch.arange(d_sae) % 5 == 0
+        optimizer.zero_grad()
+        sae.loss(x, dead).total.backward()
+        norms.append(optimizer.gradient_norm())
+        if clip is not None:
+            optimizer.scale_gradient((clip / norms[-1]).clamp_max(1.0))
+        optimizer.step()
+    return sae, optimizer, torch.stack(norms)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_same_numbers_as_plain_adam(clip):
+    rows, _, row_norms = trained("row_adam", clip=clip)
+    plain, _, plain_norms = trained("adam", clip=clip)
+    assert torch.allclose(row_norms, plain_norms, rtol=1e-5)
+    for (name, a), b in zip(rows.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-6), name
+
+
+def test_weights_have_no_dense_gradient():
+    sae, _, _ = trained("row_adam", steps=1)
+    assert sae.W_enc.grad is None and sae.W_dec.grad is None and sae.b_enc.grad is not None
+
+
+def test_two_runs_give_the_same_bits():
+    first, second = (trained("row_adam")[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_eager_step_matches_reference():
+    g = torch.randn(700, 9)
+    found = []
+    for impl in ("eager", "reference"):
+        torch.manual_seed(2)
+        weight, m, v = torch.randn(700, 9), torch.randn(700, 9), torch.rand(700, 9)
+        row_adam(weight, [DenseGrad(g)], m, v, step=3, lr=0.1, grad_scale=torch.tensor(0.5), impl=impl)
+        found.append((weight, m, v))
+    for eager, reference in zip(*found, strict=True):
+        assert torch.allclose(eager, reference, atol=1e-5)
+
+
+def test_a_gradient_from_outside_the_ops_is_refused():
+    sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
+    optimizer = RowAdam(sae.parameters(), lr=1e-3)
+    sae.W_dec.square().sum().backward()
+    with pytest.raises(RuntimeError, match="grad must be None under RowAdam"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [RowAdam, PlainAdam])
+def test_moments_in_another_memory_order_are_refused_and_can_be_restored(kind):
+    sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
+    optimizer = kind(sae.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sae.loss(torch.randn(16, 4)).total.backward()
+        optimizer.step()
+    moment = optimizer.state[sae.W_enc]["exp_avg"]
+    assert moment.stride() == sae.W_enc.stride() == (1, 4)
+    optimizer.state[sae.W_enc]["exp_avg"] = moment.contiguous()
+    with pytest.raises(RuntimeError, match="exp_avg must have its parameter's strides"):
+        optimizer.step()
+    restored = restore_memory_order(sae.W_enc, moment.contiguous())
+    assert torch.equal(restored, moment) and restored.stride() == (1, 4)
+    optimizer.state[sae.W_enc]["exp_avg"] = restored
+    optimizer.step()
+
+
+def test_bad_arguments_are_refused():
+    weight = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="exp_avg must have weight's shape and strides"):
+        row_adam(weight, [], torch.zeros(3, 4).t(), torch.zeros(4, 3), step=1, lr=0.1)
+    with pytest.raises(ValueError, match="step must be at least 1, got 0"):
+        row_adam(weight, [], weight.clone(), weight.clone(), step=0, lr=0.1)
+    with pytest.raises(ValueError, match=r"weight must be contiguous \[F, D\]"):
+        row_adam(weight.t(), [], weight.t().clone(), weight.t().clone(), step=1, lr=0.1)
+    with pytest.raises(ValueError, match="budget must be at least 1 MiB"), workspace(5):
+        pass
