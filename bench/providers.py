@@ -74,7 +74,7 @@ def fastsae_step(
 
 
 def sae_lens_step(start: Start) -> Step:
-    with _quiet():
+    with quiet():
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
@@ -110,7 +110,7 @@ def sae_lens_step(start: Start) -> Step:
     def step(x: Tensor) -> float:
         if start.dead is not None:
             trainer.n_forward_passes_since_fired.masked_fill_(start.dead, 2e9)
-        with _quiet():
+        with quiet():
             output = trainer.step(x)
         return float(output.losses["mse_loss"].detach())
 
@@ -119,7 +119,7 @@ def sae_lens_step(start: Start) -> Step:
 
 def sparsify_step(start: Start) -> Step:
     """sparsify's SparseCoder in the order of its trainer, with the Adam it takes on a CPU."""
-    with _quiet():
+    with quiet():
         from sparsify import SparseCoder, SparseCoderConfig
 
         case = start.case
@@ -132,7 +132,7 @@ def sparsify_step(start: Start) -> Step:
     since_fired = torch.zeros(case.F, dtype=torch.long)
 
     def step(x: Tensor) -> float:
-        with _quiet():
+        with quiet():
             sae.set_decoder_norm_to_unit_norm()
             out = sae(x=x, y=x, dead_mask=start.dead)
         (out.fvu + out.auxk_loss).backward()
@@ -149,7 +149,7 @@ def sparsify_step(start: Start) -> Step:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

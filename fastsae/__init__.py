@@ -1,5 +1,6 @@
 """Sparse autoencoders for language models: one dense GEMM a step, no dense latents."""
 
+from fastsae.data.batches import ShuffledRows as ShuffledRows
 from fastsae.saes import SAE as SAE
 from fastsae.saes import SAES as SAES
 from fastsae.saes import SAEConfig as SAEConfig

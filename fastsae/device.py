@@ -12,7 +12,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
     Raises:
         RuntimeError: an NVIDIA driver is present but the installed torch cannot use it.
-        ValueError: the device asked for is not available.
+        ValueError: the device asked for is not one, or not available.
     """
     if str(device) == "auto":
         if torch.cuda.is_available():
@@ -24,7 +24,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
                 "have), or pass device='cpu' to run on the CPU on purpose"
             )
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto' or a torch device, got {device!r}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {device!r} and torch {torch.__version__}")
     return resolved

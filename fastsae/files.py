@@ -1,5 +1,6 @@
 """Files that are either the old ones or the new ones, never half of each."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -34,6 +37,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(path, folder / "replaced")
         os.replace(temporary, path)
         _sync(path.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"could not be written, {error}", str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

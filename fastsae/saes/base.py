@@ -7,7 +7,7 @@ line in `SAES`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -20,6 +20,7 @@ from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
 Normalization = Literal[
     "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"
 ]
+Reshaping = Literal["none", "hook_z"]
 RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
 
@@ -45,7 +46,7 @@ class SAEConfig:
     normalize_activations: Normalization = "none"
     """What is done to a row before encoding and undone after decoding. `expected_average_only_in`
     is done by the trainer and folded into the weights when it saves."""
-    reshape_activations: Literal["none", "hook_z"] = "none"
+    reshape_activations: Reshaping = "none"
     """`hook_z` flattens rows [n_heads, d_head] on the way in and restores them on the way out."""
     decoder_init_norm: float = 0.1
     """Norm of W_dec's rows at initialisation."""
@@ -56,14 +57,17 @@ class SAEConfig:
         for name in ("d_in", "d_sae"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        allowed = get_args(Normalization)
-        if self.normalize_activations not in allowed:
-            raise ValueError(
-                f"normalize_activations must be one of {list(allowed)}, "
-                f"got {self.normalize_activations!r}"
-            )
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype, got {self.dtype!r}")
+        for name, choices in (
+            ("normalize_activations", Normalization),
+            ("reshape_activations", Reshaping),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name} must be one of {list(get_args(choices))}, got {getattr(self, name)!r}"
+                )
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype must name a floating torch dtype, got {self.dtype!r}")
         if not self.decoder_init_norm > 0:
             raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
 
@@ -72,10 +76,10 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SAEConfig":
-        """Build from a file's fields; fields that this class does not have are left out."""
+        """Build from a file's fields; those that are null or not of this class are left out."""
         known = {f.name for f in fields(cls)}
-        stated = {**cls.file_defaults, **{k: v for k, v in values.items() if k in known}}
-        return cls(**stated)
+        stated = {k: v for k, v in values.items() if k in known and v is not None}
+        return cls(**{**cls.file_defaults, **stated})
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,8 @@ class SAE(nn.Module, ABC):
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
+        if self.cfg.normalize_activations == "expected_average_only_in":
+            self.cfg = replace(self.cfg, normalize_activations="none")
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Write `sae_weights.safetensors` and `cfg.json` in SAELens 6's format; both paths."""

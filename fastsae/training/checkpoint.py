@@ -34,8 +34,8 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
         "training_seconds": trainer.training_seconds,
         "config": _config(trainer),
     }
-    with replacing(path) as temporary:
-        temporary.mkdir()
+    for temporary in [path]:
+        temporary.mkdir(parents=True, exist_ok=True)
         trainer.sae.save_model(temporary)
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=2))
@@ -71,9 +71,10 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         raise ValueError(f"config must be the checkpoint's to resume, got other values of {listing}")
     saved = SAE.load_from_disk(path, device=trainer.device)
     trainer.sae.load_state_dict(saved.state_dict())
+    fused = trainer.optimizer.defaults.get("fused")  # torch's keeps the step beside the moments
     for name, parameter in trainer.sae.named_parameters():
         trainer.optimizer.state[parameter] = {
-            "step": tensors[f"optimizer.{name}.step"],
+            "step": tensors[f"optimizer.{name}.step"].to(parameter.device if fused else "cpu"),
             **{
                 key: restore_memory_order(parameter, tensors[f"optimizer.{name}.{key}"])
                 for key in MOMENTS

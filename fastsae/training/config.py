@@ -16,7 +16,7 @@ class OptimizerConfig:
     kind: Literal["row_adam", "adam"] = "row_adam"
     """`row_adam` never writes the dictionary's dense gradient; `adam` is torch's fused one."""
     lr: float | None = None
-    """Peak learning rate; None: 1e-3 * sqrt(4608 / d_sae)."""
+    """Peak learning rate; None: 3e-3 * sqrt(4608 / d_sae)."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float | None = 1.0
@@ -24,7 +24,7 @@ class OptimizerConfig:
     warm_up_steps: int | None = None
     """Steps from 0 to the peak; None: a sixteenth of the run, at most 1000."""
     decay_steps: int | None = None
-    """Steps from the peak to 0 at the end; None: a quarter of the run."""
+    """Steps from the peak to 0 at the end; None: half of the run."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:

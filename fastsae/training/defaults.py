@@ -23,8 +23,12 @@ def batch_size(device: torch.device, total_tokens: int) -> int:
 
 
 def learning_rate(d_sae: int) -> float:
-    """1e-3 at F = 4608, falling with the square root of F (Gao et al. 2024, figure 3)."""
-    return 1e-3 * math.sqrt(4608 / d_sae)
+    """3e-3 at F = 4608, falling with the square root of F (Gao et al. 2024, figure 3).
+
+    On 800,000 tokens of SmolLM2-135M at F = 4608, with a decay over the last quarter, peaks of
+    1e-3, 2e-3 and 3e-3 ended at an FVU of 0.216, 0.204 and 0.204.
+    """
+    return 3e-3 * math.sqrt(4608 / d_sae)
 
 
 def warm_up_steps(total_steps: int) -> int:
@@ -32,8 +36,8 @@ def warm_up_steps(total_steps: int) -> int:
 
 
 def decay_steps(total_steps: int) -> int:
-    """A linear decay to zero over the last quarter."""
-    return total_steps // 4
+    """A linear decay to zero over the last half; over the last quarter FVU was 0.002 higher."""
+    return total_steps // 2
 
 
 def dead_window(total_tokens: int) -> int:

@@ -91,17 +91,18 @@ class Trainer:
             if self.steps_done == 0:
                 self.initialise(x if sample is None else sample)
             started = time.perf_counter()
-            logged = self._is_logged(self.steps_done + 1)
-            if logged:
+            logged, saved = self._is_logged(self.steps_done + 1), self._is_saved(self.steps_done + 1)
+            if logged or saved:
                 check_finite(x, self.steps_done)
             loss = self.step(x)
             self.training_seconds += time.perf_counter() - started
+            if logged or saved:
+                self._check_loss(loss)
             if logged:
                 self._record(loss)
                 if progress is not None:
                     progress(self.metrics)
-            every = self.cfg.checkpoint_every
-            if self.out is not None and every and self.steps_done % every == 0:
+            if saved:
                 self.save()
         if self.out is not None:
             self.save()
@@ -134,8 +135,7 @@ class Trainer:
     def export(self) -> SAE:
         """A copy that takes rows as they are: activation scale and decoder norms folded in."""
         sae = copy.deepcopy(self.sae)
-        if self.scale != 1.0:
-            sae.fold_activation_scale(self.scale)
+        sae.fold_activation_scale(self.scale)
         if not isinstance(sae, TopKSAE) or sae.cfg.rescale_acts_by_decoder_norm:
             sae.fold_W_dec_norm()
         return sae
@@ -149,6 +149,8 @@ class Trainer:
         """Write a checkpoint; older ones beyond `keep_checkpoints` are removed."""
         if self.out is None:
             raise ValueError("out must be a folder to save a checkpoint, got None")
+        if self.steps_done == 0:
+            raise ValueError("steps_done must be at least 1 to save a checkpoint, got 0")
         return save_checkpoint(self, self.out / "checkpoints")
 
     def resume(self) -> bool:
@@ -162,6 +164,18 @@ class Trainer:
 
     def _is_logged(self, step: int) -> bool:
         return step % self.cfg.log_every == 0 or step in (1, self.cfg.total_steps)
+
+    def _is_saved(self, step: int) -> bool:
+        every = self.cfg.checkpoint_every
+        return self.out is not None and every is not None and step % every == 0
+
+    def _check_loss(self, loss: SAELoss) -> None:
+        total = float(loss.total.detach())
+        if not math.isfinite(total):
+            raise ValueError(
+                f"loss must be finite, got {total} at step {self.steps_done}; "
+                "lower lr, or check the activations"
+            )
 
     def _record(self, loss: SAELoss) -> None:
         n_tokens = len(loss.x)
@@ -179,11 +193,6 @@ class Trainer:
             "seconds": round(self.training_seconds, 3),
             "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
         }
-        if not math.isfinite(self.metrics["loss"]):
-            raise ValueError(
-                f"loss must be finite, got {self.metrics['loss']} at step {self.steps_done}; "
-                "lower lr, or check the activations"
-            )
         self.log.write(self.metrics)
 
 

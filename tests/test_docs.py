@@ -1,0 +1,44 @@
+"""Every Python block of the documentation runs, and its generated pages match the rows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.report import benchmarks_page, with_numbers
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/training.md", "docs/adding_a_variant.md"]
+
+
+@pytest.fixture
+def variants():
+    """Pages may register variants; the list is as it was afterwards."""
+    from fastsae import SAES
+
+    before = dict(SAES)
+    yield
+    SAES.clear()
+    SAES.update(before)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch, variants):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks, f"{page} must hold a python block"
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_links_lead_somewhere():
+    for page in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_generated_figures_match_the_committed_rows():
+    assert (ROOT / "docs/benchmarks.md").read_text() == benchmarks_page()
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_numbers(readme)
