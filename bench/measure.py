@@ -36,7 +36,11 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """Milliseconds: p20, median, p80."""
     ordered = sorted(seconds)
     at = lambda q: round(1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 3)
-    return {"ms_p20": at(0.2), "ms_p50": round(1e3 * statistics.median(ordered), 3), "ms_p80": at(0.8)}
+    return {
+        "ms_p20": at(0.2),
+        "ms_p50": round(1e3 * statistics.median(ordered), 3),
+        "ms_p80": at(0.8),
+    }
 
 
 def peak_extra_bytes(run: Run) -> int:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastsae_kernels import Impl
 from torch import Tensor
 
 from bench.cases import Case
 from fastsae import OptimizerConfig, TopKConfig, TrainConfig, Trainer
-from fastsae_kernels import Impl
 
 LR = 3e-4
 Step = Callable[[Tensor], float]
@@ -23,7 +23,7 @@ Step = Callable[[Tensor], float]
 
 @dataclass(frozen=True)
 class Start:
-    """The weights [D, F], [F, D] that every provider starts from, and the latents taken for dead."""
+    """The weights [D, F], [F, D] that every provider starts from, and what is taken for dead."""
 
     case: Case
     W_enc: Tensor

@@ -1,8 +1,8 @@
 """One whole training step, Adam and counters included, against its rivals in one process.
 
-    python -m bench.train_step                              # smollm2-135m-16k, every provider
-    python -m bench.train_step --case smollm2-135m-65k --dead 0.05
-    python -m bench.train_step --memory                     # peak temporary memory
+python -m bench.train_step                              # smollm2-135m-16k, every provider
+python -m bench.train_step --case smollm2-135m-65k --dead 0.05
+python -m bench.train_step --memory                     # peak temporary memory
 """
 
 import argparse
@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastsae_kernels import release_scratch, workspace
 
 from bench.cases import CASES, Case, rows
 from bench.measure import interleaved, peak_extra_bytes, quantiles
 from bench.providers import PROVIDERS, Start, Step, fastsae_step
 from bench.record import append
-from fastsae_kernels import release_scratch, workspace
 
 MEMORY_WORKSPACE = 32 << 20
 PARITY = 1e-4
@@ -82,7 +82,9 @@ def memory(case: Case) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, default="smollm2-135m-16k")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--repeats", type=int, default=7)

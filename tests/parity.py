@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from fastsae_kernels import Impl
+from torch import Tensor
 
 SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """What an implementation's relative error may be above the reference's own."""
@@ -67,7 +66,9 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 def outputs_and_gradients(losses: Losses, inputs: Inputs, impl: Impl) -> dict[str, Tensor]:
     """Every output, and for every 0-dim output the gradient of every floating input."""
     leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
-    leaves = {k: torch.empty_like(inputs[k]).copy_(v).detach().requires_grad_() for k, v in leaves.items()}
+    leaves = {
+        k: torch.empty_like(inputs[k]).copy_(v).detach().requires_grad_() for k, v in leaves.items()
+    }
     found = losses(leaves, impl)
     results = {name: value.detach() for name, value in found.items()}
     for name, value in found.items():
@@ -83,7 +84,9 @@ def outputs_and_gradients(losses: Losses, inputs: Inputs, impl: Impl) -> dict[st
 
 def check_parity(losses: Losses, inputs: Inputs, dtypes: dict[str, torch.dtype]) -> None:
     """Hold `eager` to the reference at fp64, output by output and gradient by gradient."""
-    cast = {k: torch.empty_like(v, dtype=dtypes.get(k, v.dtype)).copy_(v) for k, v in inputs.items()}
+    cast = {
+        k: torch.empty_like(v, dtype=dtypes.get(k, v.dtype)).copy_(v) for k, v in inputs.items()
+    }
     slack = max(SLACK[t.dtype] for t in cast.values())
     truth = outputs_and_gradients(losses, inputs, Impl.REFERENCE)
     reference = outputs_and_gradients(losses, cast, Impl.REFERENCE)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
-
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,
@@ -13,6 +11,7 @@ from fastsae_kernels import (
     threshold_encode,
     workspace,
 )
+from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 ids = lambda d: str(d).removeprefix("torch.")
@@ -112,7 +111,9 @@ def test_nan_reaches_the_loss():
 
 def test_bad_shapes_are_refused():
     code = SparseCode(torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"acts and indices must have the same shape \[\.\.\., K\]"):
+    with pytest.raises(
+        ValueError, match=r"acts and indices must have the same shape \[\.\.\., K\]"
+    ):
         sparse_decode(code, torch.ones(4, 3))
     with pytest.raises(ValueError, match="acts and indices"):
         group_by_latent(code, 4)

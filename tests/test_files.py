@@ -141,9 +141,9 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_previous_one(small_disk):
 
 def test_a_checkpoint_past_a_limit_leaves_the_previous_one(tmp_path):
     trainer = trainer_with_a_checkpoint(tmp_path)
-    with pytest.raises(OSError, match="could not be written, .*File too large"):
-        with file_size_limit(65_536):
-            trainer.save()
+    message = "could not be written, .*File too large"
+    with pytest.raises(OSError, match=message), file_size_limit(65_536):
+        trainer.save()
     resumed = Trainer(trainer.cfg, device="cpu", out=tmp_path)
     assert resumed.resume() and resumed.steps_done == 1
     assert SAE.load_from_disk(tmp_path / "checkpoints" / "step-000000001").cfg.d_sae == 2048

@@ -89,7 +89,9 @@ def test_a_config_that_is_a_list_is_refused(folder):
 @pytest.mark.parametrize("architecture", ["gated", None])
 def test_an_unknown_architecture_is_refused(folder, architecture):
     rewrite(folder, architecture=architecture)
-    with pytest.raises(ValueError, match=r"architecture must be one of \['standard', 'topk'\], got"):
+    with pytest.raises(
+        ValueError, match=r"architecture must be one of \['standard', 'topk'\], got"
+    ):
         SAE.load_from_disk(folder)
 
 
@@ -113,7 +115,9 @@ def test_a_config_that_describes_no_sae_is_refused(folder, changes, named):
 @pytest.mark.parametrize("changes", [{"d_sae": F + 1}, {"d_in": D - 1}], ids=str)
 def test_shapes_that_do_not_fit_the_config_are_refused(folder, changes):
     rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=r"sae_weights.safetensors must hold .* got .*'b_dec': \[6\]"):
+    with pytest.raises(
+        ValueError, match=r"sae_weights.safetensors must hold .* got .*'b_dec': \[6\]"
+    ):
         SAE.load_from_disk(folder)
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from fastsae_kernels import DenseGrad, row_adam, workspace
 
 from fastsae import OptimizerConfig, TopKConfig, TopKSAE
 from fastsae.training.optimizer import PlainAdam, RowAdam, build_optimizer, restore_memory_order
-from fastsae_kernels import DenseGrad, row_adam, workspace
 
 
 def trained(kind, steps=4, clip=None, k=4, d_in=12, d_sae=600):
@@ -48,7 +48,9 @@ def test_eager_step_matches_reference():
     for impl in ("eager", "reference"):
         torch.manual_seed(2)
         weight, m, v = torch.randn(700, 9), torch.randn(700, 9), torch.rand(700, 9)
-        row_adam(weight, [DenseGrad(g)], m, v, step=3, lr=0.1, grad_scale=torch.tensor(0.5), impl=impl)
+        row_adam(
+            weight, [DenseGrad(g)], m, v, step=3, lr=0.1, grad_scale=torch.tensor(0.5), impl=impl
+        )
         found.append((weight, m, v))
     for eager, reference in zip(*found, strict=True):
         assert torch.allclose(eager, reference, atol=1e-5)

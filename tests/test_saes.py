@@ -225,7 +225,9 @@ def test_one_latent_of_W_enc_stays_contiguous(sae, how, tmp_path):
 
 def test_a_new_sae_has_a_tied_encoder_and_decoder_rows_of_the_norm_asked_for():
     for architecture, sae_class in SAES.items():
-        cfg = sae_class.config_class(d_in=D, d_sae=F, decoder_init_norm=0.25, **CASES[architecture][1])
+        cfg = sae_class.config_class(
+            d_in=D, d_sae=F, decoder_init_norm=0.25, **CASES[architecture][1]
+        )
         sae = sae_class(cfg)
         assert torch.equal(sae.W_enc, sae.W_dec.t())
         assert torch.allclose(sae.decoder_norms(), torch.full((F,), 0.25))
@@ -328,7 +330,7 @@ BAD_CONFIGS = {
 
 @pytest.fixture
 def no_type_checker():
-    """The package as a user has it: under these tests a `Literal` is checked before our own rule."""
+    """The package as a user has it: the type checker comes before our own rule on a `Literal`."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

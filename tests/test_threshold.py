@@ -1,8 +1,7 @@
 import pytest
 import torch
-from parity import SHAPES, Shape, all_in, check_parity, weights
-
 from fastsae_kernels import relu_l1_loss, threshold_encode, workspace
+from parity import SHAPES, Shape, all_in, check_parity, weights
 
 
 @pytest.mark.parametrize("lp_norm", [1.0, 2.0, 0.5])

@@ -1,9 +1,8 @@
 import pytest
 import torch
-from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
-
 from fastsae_kernels import Impl, SparseCode, topk_encode, workspace
-from fastsae_kernels.topk import select
+from fastsae_kernels.topk import eager, select
+from parity import SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -59,17 +58,27 @@ def adversarial(kind, B, F):
     }[kind]
 
 
-KINDS = (
-    "increasing decreasing clustered all_equal all_zero all_negative few_positive ties infinite "
-    "minus_infinite random late"
-).split()
+KINDS = [
+    "increasing",
+    "decreasing",
+    "clustered",
+    "all_equal",
+    "all_zero",
+    "all_negative",
+    "few_positive",
+    "ties",
+    "infinite",
+    "minus_infinite",
+    "random",
+    "late",
+]
 
 
 @pytest.mark.parametrize("k", [1, 5, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection_is_exact_on_adversarial_scores(kind, k):
     scores = adversarial(kind, 6, 1500)
-    best = select._Best(scores, k, 0.0)
+    best = select._Best(scores.new_empty(len(scores), k), 0.0)
     for first in range(0, 1500, 320):
         best.merge(scores[:, first : first + 320].contiguous(), first)
     acts, indices = best.finish(1500)
@@ -94,7 +103,7 @@ def test_random_search_finds_no_mismatch_of_the_multiset():
         if trial % 3 == 0:
             scores = (scores * 2).round()
         width = int(torch.randint(1, 8, (1,), generator=generator)) * 32
-        best = select._Best(scores, k, 0.0)
+        best = select._Best(scores.new_empty(len(scores), k), 0.0)
         for first in range(0, F, width):
             best.merge(scores[:, first : first + width].contiguous(), first)
         acts, indices = best.finish(F)
@@ -107,7 +116,9 @@ def test_random_search_finds_no_mismatch_of_the_multiset():
 def test_small_workspace_gives_the_same_bits(signed_floor):
     shape = Shape(70, 24, 9000, 12)
     inputs = {k: v.float() for k, v in weights(shape).items()}
-    whole = select.select_topk(inputs["x"], inputs["W_enc"], inputs["b_enc"], 12, None, signed_floor)
+    whole = select.select_topk(
+        inputs["x"], inputs["W_enc"], inputs["b_enc"], 12, None, signed_floor
+    )
     with workspace(1 << 20):
         parts = select.select_topk(
             inputs["x"], inputs["W_enc"], inputs["b_enc"], 12, None, signed_floor
@@ -143,6 +154,16 @@ def test_leading_axes_and_memory_orders_do_not_matter():
     row_major = inputs["W_enc"].contiguous()
     other = topk_encode(strided, row_major, inputs["b_enc"], 6)
     assert torch.equal(other.indices, flat.indices)
+
+
+def test_half_precision_product_is_close_to_the_reference(monkeypatch):
+    """What a GPU does with bf16 rows, run on the CPU: bf16 operands and product, the rest fp32."""
+    monkeypatch.setattr(eager, "FP32_PRODUCT_DEVICES", ())
+    inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()} | {"b_dec": torch.zeros(32)}
+    exact = encode(inputs, Impl.REFERENCE, 8)["acts"]
+    acts = encode(inputs | {"x": inputs["x"].bfloat16()}, Impl.EAGER, 8)["acts"]
+    assert acts.dtype == torch.float32
+    assert 0 < relative_error(acts, exact) < 2**-7
 
 
 def test_empty_batch_gives_an_empty_code():

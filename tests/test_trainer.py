@@ -8,6 +8,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def standard_config(**changes):
     return StandardConfig(**{**shape, "l1_coefficient": 0.5, **changes})
 
 
-def config(steps=60, kind="row_adam", sae=None, optimizer=None, **changes):
+def config(steps=60, kind="row_adam", sae=None, optimizer=None, **changes: Any):
     values = {
         "sae": sae or topk_config(),
         "total_tokens": steps * B,
@@ -58,7 +59,7 @@ def config(steps=60, kind="row_adam", sae=None, optimizer=None, **changes):
 
 
 def train(trainer, stop_before=None):
-    """Go on from where the trainer is; a step to stop before stands for a kill."""
+    """Go on from where the trainer is; the export, or None where it stopped before a step."""
 
     def batches():
         for step, x in enumerate(ROWS.from_step(trainer.steps_done), trainer.steps_done):
@@ -98,7 +99,12 @@ ROWS = ShuffledRows(sparse_rows(), B, seed=3)
 class TestDefaults:
     @pytest.mark.parametrize(
         "tokens, device, batch_size",
-        [(10_000, "cpu", 256), (1_000_000, "cpu", 1024), (10**8, "cpu", 2048), (10**8, "cuda", 8192)],
+        [
+            (10_000, "cpu", 256),
+            (1_000_000, "cpu", 1024),
+            (10**8, "cpu", 2048),
+            (10**8, "cuda", 8192),
+        ],
     )
     def test_batch_size_leaves_enough_steps(self, tokens, device, batch_size):
         assert defaults.batch_size(torch.device(device), tokens) == batch_size
@@ -107,10 +113,22 @@ class TestDefaults:
         cfg = TrainConfig(sae=topk_config(d_sae=4608 * 4), total_tokens=1_000_000).resolved(CPU)
         steps = 1_000_000 // 1024
         assert (cfg.batch_size, cfg.total_steps) == (1024, steps)
-        assert cfg.optimizer.lr == pytest.approx(1e-3 / 2)
+        assert cfg.optimizer.lr == pytest.approx(3e-3 / 2)
         assert cfg.optimizer.warm_up_steps == steps // 16
-        assert cfg.optimizer.decay_steps == steps // 4
+        assert cfg.optimizer.decay_steps == steps // 2
         assert cfg.dead_window == 100_000
+        assert cfg.compute_dtype == "float32"
+
+    @pytest.mark.parametrize(
+        "device, sae, compute",
+        [
+            ("cpu", "float32", "float32"),
+            ("cuda", "float32", "bfloat16"),
+            ("cuda",) + 2 * ("float64",),
+        ],
+    )
+    def test_products_are_in_bfloat16_on_a_gpu(self, device, sae, compute):
+        assert defaults.compute_dtype(torch.device(device), sae) == compute
 
     def test_long_runs_meet_the_ceilings(self):
         cfg = TrainConfig(sae=topk_config(), total_tokens=10**9).resolved(CPU)
@@ -124,6 +142,7 @@ class TestDefaults:
             total_tokens=1_000_000,
             batch_size=100,
             dead_window=7,
+            compute_dtype="bfloat16",
             optimizer=optimizer,
         )
         assert cfg.resolved(CPU) == cfg
@@ -191,6 +210,7 @@ class TestBits:
                 process.kill()
             process.join()
             exitcode = process.exitcode
+            assert exitcode in (0, -9)
             kills += exitcode == -9
         assert kills >= 3
         found, expected = (saved_run(tmp_path / name) for name in ("killed", "whole"))
@@ -327,7 +347,9 @@ class TestBadActivations:
     def test_a_loss_that_overflows_is_refused(self):
         cfg = config(log_every=1, sae=topk_config(normalize_activations="none"))
         with pytest.raises(ValueError, match="loss must be finite, got inf at step 1; lower lr"):
-            Trainer(cfg, device="cpu").fit([torch.full((B, D), 1e30).index_fill(0, torch.tensor([0]), 1)])
+            Trainer(cfg, device="cpu").fit(
+                [torch.full((B, D), 1e30).index_fill(0, torch.tensor([0]), 1)]
+            )
 
     def test_batches_that_end_too_early_are_refused(self):
         with pytest.raises(ValueError, match="batches must last for 60 steps, got 3"):
@@ -364,8 +386,8 @@ class TestDeadLatents:
 
     def test_log_sparsity_is_the_logarithm_of_the_firing_frequency(self):
         trainer = Trainer(config(), device="cpu")
-        fired = sum(trainer.step(ROWS.batch(step)).counts for step in range(5))
-        expected = torch.log10(fired / (5 * B) + 1e-10)
+        counts = [trainer.step(ROWS.batch(step)).counts for step in range(5)]
+        expected = torch.log10(torch.stack(counts).sum(0) / (5 * B) + 1e-10)
         assert torch.allclose(trainer.log_sparsity(), expected)
         assert float(trainer.log_sparsity().min()) == pytest.approx(-10)
 
@@ -395,6 +417,16 @@ class TestStep:
             found.append(trainer.sae.state_dict())
         for name, value in found[0].items():
             assert relative_error(value, found[1][name]) < 1e-4, name
+
+    def test_bfloat16_products_move_float32_weights_about_the_same(self):
+        losses = {}
+        for dtype in ("float32", "bfloat16"):
+            trainer = Trainer(config(compute_dtype=dtype), device="cpu")
+            trainer.initialise(ROWS.rows)
+            losses[dtype] = [float(trainer.step(ROWS.batch(i)).terms["mse"]) for i in range(20)]
+            assert {p.dtype for p in trainer.sae.parameters()} == {torch.float32}
+        assert losses["bfloat16"] != losses["float32"]
+        assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
     def test_initialise_scales_rows_to_norm_root_d_and_centres_them(self):
         trainer = Trainer(config(), device="cpu")
@@ -438,6 +470,7 @@ class TestExport:
     def test_it_takes_rows_as_they_are(self, sae):
         trainer = Trainer(config(sae=sae), device="cpu")
         exported = train(trainer)
+        assert exported is not None
         before, x = state(trainer), ROWS.batch(0)
         expected = trainer.sae(x * trainer.scale) / trainer.scale
         assert abs(trainer.scale - 1) > 0.1
@@ -448,6 +481,7 @@ class TestExport:
     @pytest.mark.parametrize("sae", [topk_config(), standard_config()], ids=["topk", "standard"])
     def test_decoder_rows_have_norm_one(self, sae):
         exported = train(Trainer(config(sae=sae), device="cpu"))
+        assert exported is not None
         assert torch.allclose(exported.decoder_norms(), torch.ones(F), atol=1e-6)
 
 
@@ -477,7 +511,9 @@ class TestShuffledRows:
 
     @pytest.mark.parametrize("batch_size", [0, 26])
     def test_a_batch_size_out_of_range_is_refused(self, batch_size):
-        with pytest.raises(ValueError, match=r"batch_size must be in \[1, N\] with N = 25 rows, got"):
+        with pytest.raises(
+            ValueError, match=r"batch_size must be in \[1, N\] with N = 25 rows, got"
+        ):
             ShuffledRows(torch.zeros(25, 2), batch_size)
 
 
@@ -509,7 +545,7 @@ BAD_RUNS = {
 @pytest.mark.parametrize("message", BAD_RUNS)
 def test_config_is_refused(message):
     with pytest.raises(ValueError) as caught:
-        config(**BAD_RUNS[message])
+        replace(config(), **BAD_RUNS[message])
     assert str(caught.value) == message
 
 

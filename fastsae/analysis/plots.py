@@ -17,7 +17,7 @@ DPI = 130
 def plot_run(
     path: Path,
     log: list[dict[str, Any]],
-    density: Float[Tensor, "F"],
+    density: Float[Tensor, " F"],
     examples: dict[int, list[Example]] | None = None,
 ) -> Path:
     """Draw loss and FVU against tokens, the density histogram and top tokens of a few latents.
@@ -85,6 +85,6 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def density_of(log_sparsity: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
+def density_of(log_sparsity: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
     """Firing frequencies from `sparsity.safetensors`; never fired is 0 again."""
     return torch.where(log_sparsity < -9.5, 0.0, 10.0**log_sparsity)

@@ -27,7 +27,7 @@ def top_tokens(
     sae: SAE,
     lm: LanguageModel,
     activations: Activations,
-    latents: Int[Tensor, "n"],
+    latents: Int[Tensor, " n"],
     *,
     n_examples: int = 5,
     window: int = 8,
@@ -52,7 +52,7 @@ def top_tokens(
                 seen.add(context)
                 position = int(activations.position_of[row])
                 tokens = activations.tokens[context].tolist()
-                text = lambda part: lm.tokenizer.decode(part)
+                text = lambda part: str(lm.tokenizer.decode(part))
                 examples.append(
                     Example(
                         float(acts[row, column]),
@@ -66,14 +66,14 @@ def top_tokens(
 
 
 def latent_acts(
-    sae: SAE, rows: Float[Tensor, "N D"], latents: Int[Tensor, "n"]
+    sae: SAE, rows: Float[Tensor, "N D"], latents: Int[Tensor, " n"]
 ) -> Float[Tensor, "N n"]:
     """Acts of a few latents on all rows, without dense acts of the others kept."""
     parts = [sae.encode(x.to(sae.device, sae.dtype))[:, latents] for x in rows.split(CHUNK_ROWS)]
     return torch.cat(parts).cpu()
 
 
-def interesting_latents(density: Float[Tensor, "F"], n: int, seed: int = 0) -> Int[Tensor, "n"]:
+def interesting_latents(density: Float[Tensor, " F"], n: int, seed: int = 0) -> Int[Tensor, " n"]:
     """A few latents that fire neither rarely nor everywhere: 1 token in 10,000 to 1 in 100."""
     middling = ((density > 1e-4) & (density < 1e-2)).nonzero().squeeze(1)
     pool = middling if len(middling) >= n else density.argsort(descending=True)[: max(n, 1)]

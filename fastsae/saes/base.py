@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
+from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
-
-Normalization = Literal[
-    "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"
-]
+Normalization = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
 Reshaping = Literal["none", "hook_z"]
 RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
@@ -93,7 +90,7 @@ class SAELoss:
     x: Float[Tensor, "B D"]
     err: Float[Tensor, "B D"]
     """x_hat - x, detached."""
-    counts: Int[Tensor, "F"]
+    counts: Int[Tensor, " F"]
     """On how many rows each latent fired."""
     code: SparseCode | None = None
     """The code, where it was made sparse."""
@@ -134,7 +131,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def loss(
-        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
+        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
         """The training loss.
 
@@ -176,8 +173,10 @@ class SAE(nn.Module, ABC):
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
     def _prepare(self, x: Tensor) -> Tensor:
-        """Cast, flatten heads and normalise, as the configuration says."""
-        x = x.to(self.dtype)
+        """Rows in the SAE's dtype, heads flattened and normalised as the configuration says."""
+        return self._normalise(x.to(self.dtype))
+
+    def _normalise(self, x: Tensor) -> Tensor:
         if self.cfg.reshape_activations == "hook_z":
             self._heads = x.shape[-2:]
             x = x.flatten(-2)
@@ -210,7 +209,7 @@ class SAE(nn.Module, ABC):
                 "normalize_activations must be 'none' or 'expected_average_only_in' to train, got "
                 f"{self.cfg.normalize_activations!r}; normalise the rows before training instead"
             )
-        return self._prepare(x)
+        return self._normalise(x)  # in their own dtype, which is the product's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,7 +219,7 @@ class SAE(nn.Module, ABC):
     def device(self) -> torch.device:
         return self.W_dec.device
 
-    def decoder_norms(self) -> Float[Tensor, "F"]:
+    def decoder_norms(self) -> Float[Tensor, " F"]:
         """[F] norms of W_dec's rows."""
         return torch.linalg.vector_norm(self.W_dec, dim=1)
 
@@ -248,9 +247,7 @@ class SAE(nn.Module, ABC):
         return write_sae(self, Path(path))
 
     @classmethod
-    def load_from_disk(
-        cls: type[T], path: str | Path, device: torch.device | str = "cpu"
-    ) -> T:
+    def load_from_disk(cls: type[T], path: str | Path, device: torch.device | str = "cpu") -> T:
         """Read a folder in SAELens 6's format.
 
         Raises:
@@ -262,7 +259,5 @@ class SAE(nn.Module, ABC):
 
         sae = read_sae(Path(path), device)
         if not isinstance(sae, cls):
-            raise TypeError(
-                f"path must hold a {cls.__name__}, got {type(sae).__name__} in {path}"
-            )
+            raise TypeError(f"path must hold a {cls.__name__}, got {type(sae).__name__} in {path}")
         return sae

@@ -33,7 +33,9 @@ def read_sae(path: Path, device: torch.device | str) -> SAE:
 
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}")
+            raise FileNotFoundError(
+                f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}"
+            )
     try:
         config = json.loads((path / CONFIG).read_text())
     except ValueError as error:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fastsae_kernels import RaggedCode, relu_l1_loss, threshold_encode
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastsae.saes.base import SAE, SAEConfig, SAELoss
-from fastsae_kernels import RaggedCode, relu_l1_loss, threshold_encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class StandardSAE(SAE):
         return (centred @ self.W_enc + self.b_enc).relu().to(x.dtype)
 
     def loss(
-        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
+        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
         x = self._training_rows(x)
         coefficient = self.l1_coefficient(step)

@@ -3,10 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from jaxtyping import Bool, Float
-from torch import Tensor
-
-from fastsae.saes.base import SAE, SAEConfig, SAELoss
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,
@@ -15,8 +11,12 @@ from fastsae_kernels import (
     mse_l1_loss,
     topk_encode,
 )
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-T = TypeVar("T", SparseCode, RaggedCode)
+from fastsae.saes.base import SAE, SAEConfig, SAELoss
+
+T = TypeVar("T", bound=SparseCode | RaggedCode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class TopKSAE(SAE):
         )
 
     def loss(
-        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, "F"] | None = None, step: int = 0
+        self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
         x = self._training_rows(x)
         scale = self._scale()

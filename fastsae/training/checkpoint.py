@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,8 +33,8 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
         "training_seconds": trainer.training_seconds,
         "config": _config(trainer),
     }
-    for temporary in [path]:
-        temporary.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.mkdir()
         trainer.sae.save_model(temporary)
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=2))
@@ -68,7 +67,9 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
     changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
     if changed:
         listing = "; ".join(f"{k}: {theirs.get(k)!r} then, {ours.get(k)!r} now" for k in changed)
-        raise ValueError(f"config must be the checkpoint's to resume, got other values of {listing}")
+        raise ValueError(
+            f"config must be the checkpoint's to resume, got other values of {listing}"
+        )
     saved = SAE.load_from_disk(path, device=trainer.device)
     trainer.sae.load_state_dict(saved.state_dict())
     fused = trainer.optimizer.defaults.get("fused")  # torch's keeps the step beside the moments

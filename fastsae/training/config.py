@@ -43,6 +43,9 @@ class TrainConfig:
     batch_size: int | None = None
     """Tokens a step; None: by device and length of the run, 256 to 2048 (8192 on a GPU)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute_dtype: str | None = None
+    """Dtype of the rows and so of the encoder's product; weights and sums stay in the SAE's dtype.
+    None: bfloat16 on a GPU, the SAE's dtype elsewhere."""
     dead_window: int | None = None
     """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
     seed: int = 0
@@ -72,6 +75,7 @@ class TrainConfig:
         return replace(
             self,
             batch_size=batch_size,
+            compute_dtype=self.compute_dtype or defaults.compute_dtype(device, self.sae.dtype),
             dead_window=self.dead_window or defaults.dead_window(self.total_tokens),
             optimizer=replace(
                 optimizer,

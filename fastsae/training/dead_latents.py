@@ -14,13 +14,13 @@ class DeadLatents:
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.tokens = 0
 
-    def update(self, counts: Int[Tensor, "F"], n_tokens: int) -> None:
+    def update(self, counts: Int[Tensor, " F"], n_tokens: int) -> None:
         """Count a batch of `n_tokens` on which each latent fired `counts` times."""
         self.since_fired.add_(n_tokens).masked_fill_(counts > 0, 0)
         self.fired.add_(counts)
         self.tokens += n_tokens
 
-    def dead(self) -> Bool[Tensor, "F"]:
+    def dead(self) -> Bool[Tensor, " F"]:
         return self.since_fired > self.window
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -22,6 +22,11 @@ def batch_size(device: torch.device, total_tokens: int) -> int:
     return max(256, min(largest, for_steps))
 
 
+def compute_dtype(device: torch.device, sae_dtype: str) -> str:
+    """bf16 products under fp32 weights on a GPU; on most CPUs bf16 is emulated."""
+    return "bfloat16" if device.type == "cuda" and sae_dtype == "float32" else sae_dtype
+
+
 def learning_rate(d_sae: int) -> float:
     """3e-3 at F = 4608, falling with the square root of F (Gao et al. 2024, figure 3).
 

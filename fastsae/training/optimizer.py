@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from fastsae_kernels import DenseGrad, RowGrad, collect_row_grads, row_adam, row_grad_norm
 from torch import Tensor, nn
 
 from fastsae.saes import SAE
 from fastsae.training.config import OptimizerConfig
-from fastsae_kernels import DenseGrad, RowGrad, collect_row_grads, row_adam, row_grad_norm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

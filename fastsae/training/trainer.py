@@ -47,6 +47,7 @@ class Trainer:
         self.lr = cfg.optimizer.lr or 0.0
         self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr)
         self.dead = DeadLatents(cfg.sae.d_sae, cfg.dead_window or 0, self.device)
+        self.compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
         self.steps_done = 0
         self.scale = 1.0
         self.out = out
@@ -91,7 +92,8 @@ class Trainer:
             if self.steps_done == 0:
                 self.initialise(x if sample is None else sample)
             started = time.perf_counter()
-            logged, saved = self._is_logged(self.steps_done + 1), self._is_saved(self.steps_done + 1)
+            number = self.steps_done + 1
+            logged, saved = self._is_logged(number), self._is_saved(number)
             if logged or saved:
                 check_finite(x, self.steps_done)
             loss = self.step(x)
@@ -117,9 +119,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         x = x.to(self.device, self.sae.dtype)
-        loss = self.sae.loss(
-            x * self.scale if self.scale != 1.0 else x, self.dead.dead(), self.steps_done
-        )
+        x = (x * self.scale if self.scale != 1.0 else x).to(self.compute_dtype)
+        loss = self.sae.loss(x, self.dead.dead(), self.steps_done)
         self.optimizer.zero_grad()
         loss.total.backward()
         if cfg.clip_norm is not None:
@@ -140,7 +141,7 @@ class Trainer:
             sae.fold_W_dec_norm()
         return sae
 
-    def log_sparsity(self) -> Float[Tensor, "F"]:
+    def log_sparsity(self) -> Float[Tensor, " F"]:
         """log10 of each latent's firing frequency over the run."""
         frequency = self.dead.fired / max(1, self.dead.tokens)
         return torch.log10(frequency + NEVER_FIRED_FREQUENCY)
@@ -179,7 +180,8 @@ class Trainer:
 
     def _record(self, loss: SAELoss) -> None:
         n_tokens = len(loss.x)
-        spread = (loss.x - loss.x.mean(0)).square().sum()
+        rows = loss.x.to(loss.err.dtype)
+        spread = (rows - rows.mean(0)).square().sum()
         self.metrics = {
             "step": self.steps_done,
             "tokens": self.dead.tokens,

@@ -7,7 +7,9 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 def check_float(name: str, tensor: Tensor) -> None:
     if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
-        raise TypeError(f"{name} must be a floating dtype ({', '.join(FLOATS)}), got {tensor.dtype}")
+        raise TypeError(
+            f"{name} must be a floating dtype ({', '.join(FLOATS)}), got {tensor.dtype}"
+        )
 
 
 def check_shape(name: str, tensor: Tensor, letters: str, shape: tuple[int | None, ...]) -> None:

@@ -25,7 +25,11 @@ def pair_dots(indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
             (n_rows, weight.shape[0]),
             check_invariants=False,
         )
-        return torch.sparse.sampled_addmm(pattern, rows, weight.t(), beta=0.0).values().view_as(indices)
+        return (
+            torch.sparse.sampled_addmm(pattern, rows, weight.t(), beta=0.0)
+            .values()
+            .view_as(indices)
+        )
     block = max(1, workspace_bytes() // (n_slots * weight.shape[1] * weight.element_size()))
     return torch.cat(
         [

@@ -18,7 +18,7 @@ def sparse_decode(
     *,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
-    """Decode by gathering the active rows: x_hat[b] = sum_k acts[b, k] W_dec[indices[b, k]] + b_dec.
+    """x_hat[b] = sum_k acts[b, k] W_dec[indices[b, k]] + b_dec, by gathering the active rows.
 
     Equals `code.to_dense(F) @ W_dec + b_dec` without the dense [B, F] code. Differentiable in
     `acts`, `W_dec` and `b_dec` for a `SparseCode`; a `RaggedCode` is decoded without gradient.

@@ -58,7 +58,7 @@ class _MSEL1Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_mse: Tensor, g_l1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         acts, indices, dots, err, picked, *groups = ctx.saved_tensors
-        _, needs_acts, _, needs_W, needs_b, needs_weight, *_ = ctx.needs_input_grad
+        needs_acts, _, needs_W, needs_b, needs_weight = ctx.needs_input_grad[1:6]
         W_dtype, b_dtype, weight_dtype = ctx.dtypes
         n_rows = len(err)
         per_row, per_act = g_mse * (2 / n_rows), g_l1 / n_rows

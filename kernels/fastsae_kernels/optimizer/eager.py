@@ -25,7 +25,7 @@ def row_adam(
         grads = [grad.scaled(grad_scale) for grad in grads]
     for start, stop, g in _gradient_blocks(weight, grads):
         # What torch.optim.Adam(fused=True) runs; its public form would also count up the step.
-        torch._fused_adam_(
+        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
             [weight[start:stop]],
             [g],
             [exp_avg[start:stop]],
@@ -48,9 +48,7 @@ def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
     return torch.stack([torch.dot(g, g) for g in blocks]).sum().sqrt()
 
 
-def _gradient_blocks(
-    weight: Tensor, grads: Sequence[RowGrad]
-) -> Iterator[tuple[int, int, Tensor]]:
+def _gradient_blocks(weight: Tensor, grads: Sequence[RowGrad]) -> Iterator[tuple[int, int, Tensor]]:
     size = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
     for start in range(0, len(weight), size):
         stop = min(start + size, len(weight))

@@ -103,7 +103,7 @@ class _ReLUL1Loss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         W_enc, err, d_enc, d_b_enc, d_dec = ctx.saved_tensors
         enc_dtype, b_enc_dtype, dec_dtype, b_dec_dtype, b_pre_dtype = ctx.dtypes
-        _, needs_enc, needs_b_enc, needs_dec, needs_b_dec, needs_pre, *_ = ctx.needs_input_grad
+        needs_enc, needs_b_enc, needs_dec, needs_b_dec, needs_pre = ctx.needs_input_grad[1:6]
         d_W_enc = d_W_dec = d_b_pre = None
         if needs_enc:
             dense = emit(ctx.sinks[0], DenseGrad(d_enc * g), len(d_enc))

@@ -10,6 +10,9 @@ from fastsae_kernels.decode.eager import gather_sum
 from fastsae_kernels.grouping.eager import group_by_latent
 from fastsae_kernels.topk.select import select_topk
 
+# There a half-precision product is emulated, several times slower than fp32.
+FP32_PRODUCT_DEVICES = ("cpu",)
+
 
 def topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, scale: Tensor | None
@@ -36,7 +39,8 @@ class _TopKEncode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wide = torch.promote_types(x.dtype, torch.float32)
         centred = x.to(wide) if b_pre is None else x.to(wide) - b_pre.to(wide)
-        acts, indices = select_topk(centred, W_enc, b_enc, k, scale)
+        rows = centred if x.device.type in FP32_PRODUCT_DEVICES else centred.to(x.dtype)
+        acts, indices = select_topk(rows, W_enc, b_enc, k, scale)
         if not any(ctx.needs_input_grad):
             ctx.mark_non_differentiable(indices)
             return acts, indices
@@ -74,8 +78,11 @@ class _TopKEncode(torch.autograd.Function):
         if d_b is not None and needs_pre:
             # Summing over the rows first turns a [B, D] gather into one matrix-vector product.
             d_b_pre = -(W_enc.to(d_b.dtype) @ d_b).to(ctx.b_pre_dtype)
-        return d_x, d_W, d_b.to(b_enc.dtype) if d_b is not None and needs_b else None, *(
-            (d_b_pre, d_scale, None, None)
+        return (
+            d_x,
+            d_W,
+            d_b.to(b_enc.dtype) if d_b is not None and needs_b else None,
+            *((d_b_pre, d_scale, None, None)),
         )
 
 

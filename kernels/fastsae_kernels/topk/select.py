@@ -27,15 +27,17 @@ def select_topk(
 ) -> tuple[Tensor, Tensor]:
     """acts, indices [B, k] of max((x W_enc + b_enc) * scale, floor), lowest index first in ties.
 
-    `floor` is 0 for a ReLU and -inf for signed values.
+    The product is made in x's dtype, everything after it in fp32 at least. `floor` is 0 for a ReLU
+    and -inf for signed values.
     """
-    acts = x.new_empty(x.shape[0], k)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    acts = torch.empty(x.shape[0], k, dtype=wide, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-    n_rows, n_columns = _block_shape(x, W_enc.shape[1], k)
-    buffer = scratch(n_rows * n_columns, x)
+    n_rows, n_columns = _block_shape(len(x), W_enc.shape[1], k, wide.itemsize)
+    buffer = scratch(n_rows * n_columns, acts)
     for start in range(0, x.shape[0], n_rows):
         rows = slice(start, start + n_rows)
-        best = _Best(x[rows], k, floor)
+        best = _Best(acts[rows], floor)
         for first in range(0, W_enc.shape[1], n_columns):
             columns = slice(first, first + n_columns)
             part = None if scale is None else scale[columns]
@@ -45,20 +47,21 @@ def select_topk(
     return acts, indices
 
 
-def _block_shape(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
+def _block_shape(n_rows: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
     """Rows and columns of a block; half the workspace is left for what is found in it."""
-    values = workspace_bytes() // 2 // x.element_size()
-    rows = max(1, min(x.shape[0], MAX_ROWS, values // max(GROUP, 4 * k)))
+    values = workspace_bytes() // 2 // itemsize
+    rows = max(1, min(n_rows, MAX_ROWS, values // max(GROUP, 4 * k)))
     columns = values // rows // GROUP * GROUP
     return rows, max(GROUP, min(columns, -(-d_sae // GROUP) * GROUP))
 
 
-def _score(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor
-) -> Tensor:
+def _score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor) -> Tensor:
     """[B, C]: (x W_enc + b_enc) * scale, written into `buffer`."""
     out = buffer[: x.shape[0] * W_enc.shape[1]].view(x.shape[0], W_enc.shape[1])
-    torch.mm(x, W_enc.to(x.dtype), out=out)
+    if x.dtype == out.dtype:
+        torch.mm(x, W_enc.to(x.dtype), out=out)
+    else:
+        out.copy_(torch.mm(x, W_enc.to(x.dtype)))
     # The bias comes after the product: `addmm` would first fill the block with it.
     if scale is None:
         return out.add_(b_enc)
@@ -68,11 +71,11 @@ def _score(
 class _Best:
     """The k best values of each row so far, and the value that a newcomer must exceed."""
 
-    def __init__(self, x: Tensor, k: int, floor: float) -> None:
-        self.k, self.floor = k, floor
-        self.acts = x.new_full((x.shape[0], k), floor)
-        self.indices = torch.zeros(x.shape[0], k, dtype=torch.int32, device=x.device)
-        self.bound = x.new_full((x.shape[0],), floor)
+    def __init__(self, acts: Tensor, floor: float) -> None:
+        self.k, self.floor = acts.shape[1], floor
+        self.acts = torch.full_like(acts, floor)
+        self.indices = torch.zeros_like(acts, dtype=torch.int32)
+        self.bound = acts.new_full((len(acts),), floor)
 
     def merge(self, scores: Tensor, first: int) -> None:
         n_rows, n_columns = scores.shape
@@ -83,7 +86,9 @@ class _Best:
         if first == 0 and maxima.shape[1] >= self.k:
             # The k-th largest maximum is a value of the row that k values reach.
             reached = maxima.topk(self.k, dim=1).values[:, -1]
-            self.bound = torch.nextafter(reached, reached.new_tensor(-torch.inf)).clamp_min_(self.floor)
+            self.bound = torch.nextafter(reached, reached.new_tensor(-torch.inf)).clamp_min_(
+                self.floor
+            )
         # "Not below or equal" rather than "above": NaN passes and stays visible.
         open_groups = (maxima <= self.bound[:, None]).logical_not_().view(-1).nonzero().squeeze(1)
         if open_groups.numel() > maxima.numel() // 2:

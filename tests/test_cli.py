@@ -1,0 +1,134 @@
+"""`fastsae train | eval` on the real offline model, a few thousand tokens at a shallow layer."""
+
+import json
+
+import pytest
+import torch
+
+from fastsae import SAE
+from fastsae.cli import main
+from fastsae.training.log import read_log
+
+SMALL = [
+    "--layer",
+    "1",
+    "--d-sae",
+    "640",
+    "--k",
+    "8",
+    "--tokens",
+    "6144",
+    "--batch-size",
+    "512",
+    "--context-size",
+    "64",
+    "--eval-tokens",
+    "512",
+    "--checkpoints",
+    "3",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    main(["train", "--out", str(out), *SMALL])
+    return out
+
+
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("fastsae: error: ")
+    return message
+
+
+def test_train_leaves_everything_behind(run):
+    assert (run / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step-000000008",
+        "step-000000012",
+    ]
+    log = read_log(run / "metrics.jsonl")
+    assert log[-1]["step"] == 12 and log[-1]["fvu"] < log[0]["fvu"]
+    sae = SAE.load_from_disk(run / "sae")
+    assert sae.cfg.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert torch.allclose(sae.decoder_norms(), torch.ones(640), atol=1e-5)
+    report = json.loads((run / "eval.json").read_text())
+    assert report["rows"]["l0"] == 8
+    assert report["left_out"]["first_positions"] == 8
+
+
+def test_eval_repeats_the_figures_of_the_run(run, tmp_path, capsys):
+    arguments = ["eval", "--sae", str(run / "sae"), "--tokens", "512", "--device", "cpu"]
+    main([*arguments, "--out", str(tmp_path / "eval.json")])
+    table = capsys.readouterr().out
+    assert "CE loss score" in table and "FVU" in table
+    again = json.loads((tmp_path / "eval.json").read_text())
+    first = json.loads((run / "eval.json").read_text())
+    assert again["rows"]["fvu"] == pytest.approx(first["rows"]["fvu"], rel=1e-4)
+    assert again["cross_entropy"] == pytest.approx(first["cross_entropy"], rel=1e-3)
+
+
+def test_standard_variant_trains(tmp_path):
+    main(["train", "--out", str(tmp_path / "run"), *SMALL, "--variant", "standard"])
+    assert SAE.load_from_disk(tmp_path / "run/sae").cfg.architecture == "standard"
+
+
+def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints/step-000000012")
+    main(["train", "--out", str(out), *SMALL, "--resume"])
+    first, again = (SAE.load_from_disk(p / "sae").state_dict() for p in (run, out))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_folder_with_a_run_is_refused(run, capsys):
+    message = refused(["train", "--out", str(run), *SMALL], capsys)
+    assert "out must be a folder without a run" in message and "--resume" in message
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    message = refused(["train", "--out", str(tmp_path / "file/run"), *SMALL], capsys)
+    assert "file/run" in message
+
+
+def test_k_above_d_sae_is_refused(tmp_path, capsys):
+    small = [{"640": "6"}.get(a, a) for a in SMALL]
+    message = refused(["train", "--out", str(tmp_path / "run"), *small], capsys)
+    assert "k must be in [1, d_sae] with d_sae = 6, got 8" in message
+
+
+@pytest.mark.parametrize(
+    "option, names",
+    [
+        (["--hook", "blocks.1.hook_resid_pos"], "hook_resid_post"),
+        (["--model", "no/such-model"], "no/such-model"),
+        (["--dataset", "no-such-file.jsonl"], "no-such-file.jsonl"),
+    ],
+    ids=["hook", "model", "dataset"],
+)
+def test_a_wrong_name_is_refused(option, names, tmp_path, capsys):
+    small = SMALL[2:] if option[0] == "--hook" else SMALL
+    assert names in refused(["train", "--out", str(tmp_path / "run"), *small, *option], capsys)
+
+
+def test_a_missing_text_column_is_refused(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"body": "some words"}\n')
+    arguments = ["train", "--out", str(tmp_path / "run"), *SMALL, "--dataset", str(data)]
+    message = refused([*arguments, "--text-column", "text"], capsys)
+    assert "text" in message and "body" in message
+
+
+def test_an_sae_that_is_absent_is_refused(tmp_path, capsys):
+    assert str(tmp_path) in refused(["eval", "--sae", str(tmp_path)], capsys)
