@@ -30,8 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         temporary = folder / path.name
         yield temporary
+        (folder / "ordinary").touch()
+        mode = (folder / "ordinary").stat().st_mode
         for written in [temporary, *temporary.rglob("*")]:
             if written.is_file():
+                written.chmod(mode)  # safetensors lets nobody but the owner read
                 _sync(written)
         if temporary.is_dir() and path.exists():
             os.replace(path, folder / "replaced")

@@ -124,7 +124,7 @@ class TestDefaults:
         [
             ("cpu", "float32", "float32"),
             ("cuda", "float32", "bfloat16"),
-            ("cuda",) + 2 * ("float64",),
+            ("cuda", "float64", "float64"),
         ],
     )
     def test_products_are_in_bfloat16_on_a_gpu(self, device, sae, compute):
@@ -267,6 +267,28 @@ class TestCheckpoints:
     def test_an_empty_folder_has_nothing_to_resume(self, tmp_path):
         assert not Trainer(config(), device="cpu", out=tmp_path).resume()
 
+    def test_a_new_run_in_the_folder_of_another_is_refused(self, tmp_path):
+        train(Trainer(config(), device="cpu", out=tmp_path))
+        with pytest.raises(FileExistsError, match="out must be a folder without checkpoints, got"):
+            train(Trainer(config(), device="cpu", out=tmp_path))
+
+    def test_a_finished_run_resumes_with_its_metrics(self, tmp_path):
+        first = Trainer(config(), device="cpu", out=tmp_path)
+        train(first)
+        again = Trainer(config(), device="cpu", out=tmp_path)
+        assert again.resume()
+        assert again.metrics == first.metrics
+
+    def test_what_a_kill_left_is_removed_and_files_are_for_everyone_to_read(self, tmp_path):
+        stale = tmp_path / "checkpoints" / ".step-000000001.abcd"
+        stale.mkdir(parents=True)
+        path = tmp_path / "ordinary"
+        path.touch()
+        train(Trainer(config(), device="cpu", out=tmp_path))
+        assert not stale.exists()
+        saved = list((tmp_path / "checkpoints").glob("step-*/*"))
+        assert {p.stat().st_mode for p in saved} == {path.stat().st_mode}
+
     def test_a_checkpoint_before_the_first_step_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="steps_done must be at least 1 to save a checkpoint"):
             Trainer(config(), device="cpu", out=tmp_path).save()
@@ -321,7 +343,7 @@ class TestBadActivations:
         rows = [ROWS.batch(step).clone() for step in range(3)]
         rows[2][5, 3] = value
         trainer = Trainer(config(log_every=1), device="cpu")
-        message = "activations must be finite, got NaN or inf in 1 rows .* step 2, .* at row 5"
+        message = "activations must be finite, got NaN or inf in 1 rows .* step 3, .* at row 5"
         with pytest.raises(ValueError, match=message):
             trainer.fit(rows)
         assert trainer.steps_done == 2
@@ -539,6 +561,9 @@ BAD_RUNS = {
     "batch_size must be at least 1 or None, got 0": {"batch_size": 0},
     "dead_window must be at least 1 or None, got -1": {"dead_window": -1},
     "checkpoint_every must be at least 1 or None, got 0": {"checkpoint_every": 0},
+    "compute_dtype must name a floating torch dtype or be None, got 'half8'": {
+        "compute_dtype": "half8"
+    },
 }
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,8 +82,3 @@ def _tokens(axes: Any, examples: dict[int, list[Example]]) -> None:
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
-
-
-def density_of(log_sparsity: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
-    """Firing frequencies from `sparsity.safetensors`; never fired is 0 again."""
-    return torch.where(log_sparsity < -9.5, 0.0, 10.0**log_sparsity)

@@ -223,6 +223,11 @@ class SAE(nn.Module, ABC):
         """[F] norms of W_dec's rows."""
         return torch.linalg.vector_norm(self.W_dec, dim=1)
 
+    @property
+    def can_fold_W_dec_norm(self) -> bool:
+        """Whether the decoder's norms can move into the encoder without changing the function."""
+        return True
+
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
         """Give W_dec unit rows and the encoder their norms; x_hat stays what it was."""

@@ -93,13 +93,17 @@ class TopKSAE(SAE):
         scale = self._scale()
         return super()._decode_dense(acts if scale is None else acts / scale)
 
+    @property
+    def can_fold_W_dec_norm(self) -> bool:
+        return self.cfg.rescale_acts_by_decoder_norm
+
     def fold_W_dec_norm(self) -> None:
         """Give W_dec unit rows and the encoder their norms.
 
         Raises:
             ValueError: latents are ranked without decoder norms, so folding would change the k.
         """
-        if not self.cfg.rescale_acts_by_decoder_norm:
+        if not self.can_fold_W_dec_norm:
             raise ValueError(
                 "rescale_acts_by_decoder_norm must be True to fold decoder norms into a TopK SAE, "
                 "got False: folding would change which k latents are the largest"

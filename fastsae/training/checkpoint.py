@@ -33,6 +33,8 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
         "training_seconds": trainer.training_seconds,
         "config": _config(trainer),
     }
+    for left_by_a_kill in folder.glob(".step-*"):
+        shutil.rmtree(left_by_a_kill)
     with replacing(path) as temporary:
         temporary.mkdir()
         trainer.sae.save_model(temporary)

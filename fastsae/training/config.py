@@ -61,6 +61,13 @@ class TrainConfig:
         for name in ("total_tokens", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.compute_dtype is not None:
+            dtype = getattr(torch, self.compute_dtype, None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise ValueError(
+                    f"compute_dtype must name a floating torch dtype or be None, "
+                    f"got {self.compute_dtype!r}"
+                )
         for name in ("batch_size", "dead_window", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

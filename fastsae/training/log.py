@@ -19,6 +19,11 @@ class RunLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def last(self) -> dict[str, Any]:
+        """The newest line; empty where there is none."""
+        lines = read_log(self.path) if self.path is not None and self.path.exists() else []
+        return lines[-1] if lines else {}
+
     def truncate(self, step: int) -> None:
         """Drop the lines past a checkpoint's step: they will be written again."""
         if self.path is None or not self.path.exists():

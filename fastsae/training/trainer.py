@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.device import resolve_device
-from fastsae.saes import SAE, SAES, SAELoss, TopKSAE
+from fastsae.saes import SAE, SAES, SAELoss
 from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
@@ -59,7 +59,7 @@ class Trainer:
     def initialise(self, rows: Float[Tensor, "N D"]) -> None:
         """Set what depends on the data: the activation scale, and b_dec to the mean of the rows."""
         rows = rows.to(self.device, torch.float32)
-        check_finite(rows, self.steps_done)
+        check_finite(rows, self.steps_done + 1)
         if self.cfg.sae.normalize_activations == "expected_average_only_in":
             self.scale = math.sqrt(rows.shape[-1]) / float(rows.norm(dim=-1).mean())
         self.sae.b_dec.copy_(rows.mean(0) * self.scale)
@@ -80,7 +80,15 @@ class Trainer:
 
         Raises:
             ValueError: the batches end too early, or hold NaN or inf (the step is named).
+            FileExistsError: `out` holds checkpoints of another run, which was not resumed.
         """
+        if self.out is not None and self.steps_done == 0:
+            earlier = latest_checkpoint(self.out / "checkpoints")
+            if earlier is not None:
+                raise FileExistsError(
+                    f"out must be a folder without checkpoints, got {earlier}; continue that run "
+                    "with resume() or choose another folder"
+                )
         iterator = iter(batches)
         while self.steps_done < self.cfg.total_steps:
             try:
@@ -95,7 +103,7 @@ class Trainer:
             number = self.steps_done + 1
             logged, saved = self._is_logged(number), self._is_saved(number)
             if logged or saved:
-                check_finite(x, self.steps_done)
+                check_finite(x, self.steps_done + 1)
             loss = self.step(x)
             self.training_seconds += time.perf_counter() - started
             if logged or saved:
@@ -106,7 +114,7 @@ class Trainer:
                     progress(self.metrics)
             if saved:
                 self.save()
-        if self.out is not None:
+        if self.out is not None and not self._is_saved(self.steps_done):
             self.save()
         return self.export()
 
@@ -137,7 +145,7 @@ class Trainer:
         """A copy that takes rows as they are: activation scale and decoder norms folded in."""
         sae = copy.deepcopy(self.sae)
         sae.fold_activation_scale(self.scale)
-        if not isinstance(sae, TopKSAE) or sae.cfg.rescale_acts_by_decoder_norm:
+        if sae.can_fold_W_dec_norm:
             sae.fold_W_dec_norm()
         return sae
 
@@ -155,13 +163,13 @@ class Trainer:
         return save_checkpoint(self, self.out / "checkpoints")
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint under `out`; False when there is none."""
+        """Continue from the newest checkpoint under `out`; False, from the start, without one."""
         path = None if self.out is None else latest_checkpoint(self.out / "checkpoints")
-        if path is None:
-            return False
-        load_checkpoint(self, path)
+        if path is not None:
+            load_checkpoint(self, path)
         self.log.truncate(self.steps_done)
-        return True
+        self.metrics = self.log.last()
+        return path is not None
 
     def _is_logged(self, step: int) -> bool:
         return step % self.cfg.log_every == 0 or step in (1, self.cfg.total_steps)
