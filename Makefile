@@ -15,33 +15,33 @@ endif
 
 .PHONY: demo test test-full lint bench clean
 
-demo: $(VENV)/.train
+demo: $(VENV)/.train-$(TORCH)
 	$(BIN)/fastsae demo
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test-$(TORCH) lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
-test-full: $(VENV)/.test lint
+test-full: $(VENV)/.test-$(TORCH) lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test-$(TORCH)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/.test
+bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python -m bench.train_step
 
-$(VENV)/.base: pyproject.toml constraints.txt requirements-demo.txt
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+$(VENV)/.base-$(TORCH): pyproject.toml constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv --clear $(VENV_FLAGS) $(VENV)
 	$(PINS) constraints.txt > $(VENV)/constraints.txt
 	$(PIP) -c $(VENV)/constraints.txt torch
 	touch $@
 
-$(VENV)/.train: $(VENV)/.base
+$(VENV)/.train-$(TORCH): $(VENV)/.base-$(TORCH)
 	$(PIP) -c $(VENV)/constraints.txt -e ".[train]"
 	$(PIP) --no-deps -r requirements-demo.txt
 	touch $@
 
-$(VENV)/.test: $(VENV)/.train
+$(VENV)/.test-$(TORCH): $(VENV)/.train-$(TORCH)
 	$(PIP) -c $(VENV)/constraints.txt -e ".[train,peers,test,dev]"
 	touch $@
 

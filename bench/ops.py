@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import CASES, Case, rows
+from bench.measure import interleaved, quantiles
+from bench.providers import Start
+from bench.record import append
 from fastsae_kernels import (
     DenseGrad,
     SparseCode,
@@ -22,12 +28,6 @@ from fastsae_kernels import (
     sparse_decode,
     topk_encode,
 )
-from torch import Tensor
-
-from bench.cases import CASES, Case, rows
-from bench.measure import interleaved, quantiles
-from bench.providers import Start
-from bench.record import append
 
 PARITY = 1e-3
 Run = Callable[[], Tensor]

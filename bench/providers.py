@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastsae_kernels import Impl
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
 from fastsae import OptimizerConfig, TopKConfig, TrainConfig, Trainer
+from fastsae_kernels import Impl
 
 LR = 3e-4
 Step = Callable[[Tensor], float]
@@ -58,7 +59,8 @@ def fastsae_step(
             batch_size=case.B,
             optimizer=optimizer,
             dead_window=10**12,
-        )
+        ),
+        device="cpu",
     )
     trainer.sae.impl = impl
     with torch.no_grad():
@@ -148,6 +150,35 @@ def sparsify_step(start: Start) -> Step:
     return step
 
 
+def plain_step(start: Start) -> Step:
+    """The best plain PyTorch known: dense scores, `topk`, a bag for the decoder, fused Adam."""
+    case = start.case
+    W_enc = start.W_enc.clone().requires_grad_()
+    W_dec = start.W_dec.clone().requires_grad_()
+    b_enc = torch.zeros(case.F, requires_grad=True)
+    b_dec = torch.zeros(case.D, requires_grad=True)
+    parameters = [W_enc, W_dec, b_enc, b_dec]
+    optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
+    since_fired = torch.zeros(case.F, dtype=torch.long)
+
+    def step(x: Tensor) -> float:
+        norms = W_dec.detach().norm(dim=1)
+        h = torch.addmm(b_enc, x - b_dec, W_enc)
+        indices = (h.detach() * norms).topk(case.K, dim=1, sorted=False).indices
+        acts = h.gather(1, indices).relu()
+        x_hat = F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
+        mse = (x_hat - x).square().sum(1).mean()
+        optimizer.zero_grad()
+        mse.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        fired = indices.flatten().bincount(minlength=case.F) > 0
+        since_fired.add_(len(x)).masked_fill_(fired, 0)
+        return float(mse.detach())
+
+    return step
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -160,6 +191,7 @@ PROVIDERS: dict[str, Callable[[Start], Step]] = {
     "fastsae-no-clip": lambda start: fastsae_step(start, clip=False),
     "fastsae-plain-adam": lambda start: fastsae_step(start, kind="adam"),
     "reference": lambda start: fastsae_step(start, kind="adam", impl=Impl.REFERENCE),
+    "plain-pytorch": plain_step,
     "sae-lens": sae_lens_step,
     "sparsify": sparsify_step,
 }

@@ -98,14 +98,15 @@ class Outcome:
     never_fired: float
 
 
-def train_fastsae(setting: Setting, data: Data, seed: int, clock: Clock, **change: Any) -> Outcome:
+def train_fastsae(setting: Setting, data: Data, seed: int, clock: Clock) -> Outcome:
     sae_cfg = TopKConfig(
         d_in=data.train.shape[1],
         d_sae=setting.d_sae,
         k=setting.k,
         normalize_activations="expected_average_only_in",
     )
-    trainer = Trainer(TrainConfig(sae=sae_cfg, total_tokens=setting.tokens, seed=seed, **change))
+    run = TrainConfig(sae=sae_cfg, total_tokens=setting.tokens, seed=seed)
+    trainer = Trainer(run, device="cpu")
     cfg = trainer.cfg
     clock.every = max(1, cfg.total_steps // CURVE_STEPS)
     batches = ShuffledRows(data.train, cfg.batch_size or 1, seed)
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=800_000)
-    parser.add_argument("--ce-contexts", type=int, default=96)
+    parser.add_argument("--ce-contexts", type=int, default=64)
     parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
     parser.add_argument("--report", action="store_true", help="only print the table")
     args = parser.parse_args()

@@ -23,9 +23,9 @@ def read(file: str) -> list[Row]:
 
 
 def newest(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
-    """The last row of each combination of `keys`, in the order of the file."""
-    last = {tuple(row.get(k) for k in keys): row for row in rows}
-    return [row for row in rows if last[tuple(row.get(k) for k in keys)] is row]
+    """The rows of the newest run of each combination of `keys`; a run has one date."""
+    last = {tuple(row.get(k) for k in keys): row["date"] for row in rows}
+    return [row for row in rows if last[tuple(row.get(k) for k in keys)] == row["date"]]
 
 
 def table(rows: list[Row], columns: dict[str, str]) -> list[str]:
@@ -41,7 +41,7 @@ def where(rows: list[Row]) -> str:
 
 
 def step_rows() -> list[Row]:
-    return newest(read("cpu"), ("bench", "op", "case", "dead", "provider"))
+    return newest(read("cpu"), ("bench", "case", "dead"))
 
 
 def readme_table() -> list[str]:
@@ -53,6 +53,7 @@ def readme_table() -> list[str]:
     names = {
         "fastsae": "fastsae",
         "gemm": "the encoder GEMM alone",
+        "plain-pytorch": "plain PyTorch (dense scores, sparse decode, fused Adam)",
         "sparsify": "sparsify",
         "sae-lens": "SAELens",
     }

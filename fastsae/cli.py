@@ -32,16 +32,18 @@ class Eval:
     hook: str | None = None
     """Hook name; None: the one in the SAE's metadata."""
     dataset: str | None = None
-    """Hub name or local file; None: the offline Wikipedia articles."""
+    """Hub name or local file; None: what the SAE was trained on, of which it has not seen the
+    held-out tenth."""
     text_column: str | None = None
-    split: str = "train"
+    """Column with the documents; None: as in training, or the only one of strings."""
+    split: str | None = None
+    """Split of a hub dataset; None: as in training."""
     all_documents: bool = False
     """Evaluate on every document, not only on the tenth that `train` holds out."""
     tokens: int = 16_384
     """Held-out tokens."""
-    seed: int = 0
-    """Seed of the run, which decides what was held out."""
-    massive_multiple: float = 10.0
+    massive_multiple: float | None = None
+    """Rows above this multiple of the median norm are left out; None: as in training, or 10."""
     device: str = "auto"
     out: Path | None = None
     """JSON file to write; None: print only."""
@@ -77,8 +79,15 @@ def evaluate_saved(args: Eval) -> None:
         raise ValueError(f"hook must be given for an SAE without hook_name in {args.sae}, got None")
     lm = load_language_model(args.model or metadata.get("model_name"), device=device)
     hook = resolve_hook(lm, hook_name)
-    text = load_text(args.dataset, split=args.split, text_column=args.text_column)
-    held_out = text if args.all_documents else split_documents(text, seed=args.seed)[1]
+    own = args.dataset is None or args.dataset == metadata.get("dataset_path")
+    known = metadata if own else {}
+    text = load_text(
+        args.dataset or known.get("dataset_path"),
+        split=args.split or known.get("dataset_split") or "train",
+        text_column=args.text_column or known.get("text_column"),
+    )
+    seed = known.get("held_out_seed", 0)
+    held_out = text if args.all_documents else split_documents(text, seed=seed)[1]
     length = metadata.get("context_size") or 128
     tokens = tokenize(held_out, lm.tokenizer, context_size=length)[: -(-args.tokens // length)]
     with _Bar() as bar:
@@ -86,7 +95,7 @@ def evaluate_saved(args: Eval) -> None:
             lm,
             hook,
             tokens,
-            massive_multiple=args.massive_multiple,
+            massive_multiple=args.massive_multiple or metadata.get("massive_multiple") or 10.0,
             progress=lambda done, total: bar("harvest", done, total, {}),
         )
         report = evaluate(

@@ -28,6 +28,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be 'auto' or a torch device, got {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    absent = {
+        "cuda": not torch.cuda.is_available(),
+        "mps": not torch.backends.mps.is_available(),
+    }
+    if absent.get(resolved.type, False):
         raise ValueError(f"device must be available, got {device!r} and torch {torch.__version__}")
     return resolved

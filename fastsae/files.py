@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; what was written there takes its place when all went well.
 
+    One rename: a file replaces the old one, a folder needs its name to be free.
+
     Raises:
         OSError: the folder cannot be written to, or the disk is full; `path` is as it was.
     """
@@ -36,8 +38,6 @@ def replacing(path: Path) -> Iterator[Path]:
             if written.is_file():
                 written.chmod(mode)  # safetensors lets nobody but the owner read
                 _sync(written)
-        if temporary.is_dir() and path.exists():
-            os.replace(path, folder / "replaced")
         os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk

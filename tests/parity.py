@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fastsae_kernels import Impl
 from torch import Tensor
+
+from fastsae_kernels import Impl
 
 SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """What an implementation's relative error may be above the reference's own."""
@@ -100,6 +101,6 @@ def check_parity(losses: Losses, inputs: Inputs, dtypes: dict[str, torch.dtype])
 
 def all_in(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Everything in `dtype`, the encoder's bias in fp32 at least so that scores stay distinct."""
-    names = ("x", "W_enc", "W_dec", "b_dec", "scale", "l1_weight", "residual")
+    names = ("x", "W_enc", "W_dec", "b_dec", "scale", "l1_weight", "err")
     wide = torch.promote_types(dtype, torch.float32)
     return {**dict.fromkeys(names, dtype), "b_enc": wide}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fastsae_kernels import aux_topk, workspace
 from fastsae_kernels.auxk import eager
 from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
@@ -9,7 +10,7 @@ def losses_for(dead):
     def losses(i, impl):
         loss = aux_topk(
             i["x"],
-            i["residual"],
+            i["err"],
             dead,
             i["W_enc"],
             i["b_enc"],
@@ -31,7 +32,7 @@ def test_loss_and_gradients_match_reference(shape, fraction, scaled, dense, monk
     monkeypatch.setattr(eager, "DENSE_BELOW", 10**9 if dense else 0)
     dead = torch.rand(shape.F) < fraction
     dead[0] = True
-    inputs = weights(shape) | {"residual": lattice(shape.B, shape.D)}
+    inputs = weights(shape) | {"err": lattice(shape.B, shape.D)}
     if scaled:
         inputs["scale"] = torch.full((shape.F,), 0.5, dtype=torch.float64)
     check_parity(losses_for(dead), inputs, all_in(torch.float32))
@@ -40,7 +41,7 @@ def test_loss_and_gradients_match_reference(shape, fraction, scaled, dense, monk
 def test_gradient_reaches_the_encoder():
     inputs = weights(Shape(8, 12, 60, 4))
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    leaves["residual"] = lattice(8, 12)
+    leaves["err"] = lattice(8, 12)
     losses_for(torch.arange(60) % 2 == 0)(leaves, "eager")["aux"].backward()
     grads = {name: leaves[name].grad for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     for name, grad in grads.items():
@@ -51,7 +52,7 @@ def test_gradient_reaches_the_encoder():
 
 def test_small_workspace_changes_nothing_but_rounding():
     inputs = {k: v.float() for k, v in weights(Shape(300, 40, 2000, 4)).items()}
-    inputs["residual"] = lattice(300, 40).float()
+    inputs["err"] = lattice(300, 40).float()
     dead = torch.rand(2000) < 0.15
     whole = losses_for(dead)(inputs, "eager")["aux"]
     with workspace(1 << 20):
@@ -60,14 +61,14 @@ def test_small_workspace_changes_nothing_but_rounding():
 
 
 def test_without_dead_latents_the_loss_is_zero():
-    inputs = weights(Shape(4, 6, 20, 2)) | {"residual": lattice(4, 6)}
+    inputs = weights(Shape(4, 6, 20, 2)) | {"err": lattice(4, 6)}
     dead = torch.zeros(20, dtype=torch.bool)
     for impl in ("eager", "reference"):
         assert losses_for(dead)(inputs, impl)["aux"] == 0
 
 
 def test_dead_that_is_not_bool_is_refused():
-    inputs = weights(Shape(4, 6, 20, 2)) | {"residual": lattice(4, 6)}
+    inputs = weights(Shape(4, 6, 20, 2)) | {"err": lattice(4, 6)}
     with pytest.raises(TypeError, match="dead must be bool, got torch.float32"):
         losses_for(torch.zeros(20))(inputs, "eager")
     with pytest.raises(ValueError, match=r"dead must have shape \[F\] = \[20\], got \[19\]"):

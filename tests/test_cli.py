@@ -72,7 +72,9 @@ def test_eval_repeats_the_figures_of_the_run(run, tmp_path, capsys):
     again = json.loads((tmp_path / "eval.json").read_text())
     first = json.loads((run / "eval.json").read_text())
     assert again["rows"]["fvu"] == pytest.approx(first["rows"]["fvu"], rel=1e-4)
-    assert again["cross_entropy"] == pytest.approx(first["cross_entropy"], rel=1e-3)
+    for columns in ("trained_rows", "every_position"):
+        again_ce, first_ce = again["cross_entropy"][columns], first["cross_entropy"][columns]
+        assert again_ce["ce_spliced"] == pytest.approx(first_ce["ce_spliced"], rel=1e-3)
 
 
 def test_standard_variant_trains(tmp_path):
@@ -91,6 +93,26 @@ def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_eval_reads_what_was_held_out_from_the_sae(tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"body": f"Document {i} tells of {i} things. " * 60}) for i in range(40)]
+    data.write_text("\n".join(lines))
+    out = tmp_path / "run"
+    own = ["--dataset", str(data), "--text-column", "body", "--seed", "1"]
+    main(["train", "--out", str(out), *SMALL, *own])
+    evaluated = tmp_path / "eval.json"
+    arguments = ["--tokens", "512", "--device", "cpu", "--out", str(evaluated)]
+    main(["eval", "--sae", str(out / "sae"), *arguments])
+    again, first = json.loads(evaluated.read_text()), json.loads((out / "eval.json").read_text())
+    assert again["rows"]["fvu"] == pytest.approx(first["rows"]["fvu"], rel=1e-4)
+
+
+def test_resume_with_another_argument_is_refused(run, capsys):
+    changed = [{"6144": "9216"}.get(a, a) for a in SMALL]
+    message = refused(["train", "--out", str(run), *changed, "--resume"], capsys)
+    assert "tokens: 6144 then, 9216 now" in message
+
+
 def test_a_folder_with_a_run_is_refused(run, capsys):
     message = refused(["train", "--out", str(run), *SMALL], capsys)
     assert "out must be a folder without a run" in message and "--resume" in message
@@ -106,6 +128,7 @@ def test_k_above_d_sae_is_refused(tmp_path, capsys):
     small = [{"640": "6"}.get(a, a) for a in SMALL]
     message = refused(["train", "--out", str(tmp_path / "run"), *small], capsys)
     assert "k must be in [1, d_sae] with d_sae = 6, got 8" in message
+    assert not (tmp_path / "run/run.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,

@@ -79,13 +79,14 @@ def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path):
     assert path.read_text() == "1\n"
 
 
-def test_a_folder_takes_the_place_of_a_folder(tmp_path):
+def test_a_folder_whose_name_is_taken_is_refused_and_kept(tmp_path):
     path = tmp_path / "checkpoint"
-    for name in ("first", "second"):
-        with replacing(path) as temporary:
-            (temporary / "deep").mkdir(parents=True)
-            (temporary / "deep" / name).write_text(name)
-    assert [p.name for p in (path / "deep").iterdir()] == ["second"]
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(OSError), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+    assert [p.name for p in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
 
 

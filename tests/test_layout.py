@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastsae_kernels
 import pytest
 
 import fastsae
+import fastsae_kernels
 
 ROOT = Path(__file__).parent.parent
 FASTSAE, KERNELS = (Path(str(m.__file__)).parent for m in (fastsae, fastsae_kernels))

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from fastsae_kernels import DenseGrad, row_adam, workspace
 
 from fastsae import OptimizerConfig, TopKConfig, TopKSAE
 from fastsae.training.optimizer import PlainAdam, RowAdam, build_optimizer, restore_memory_order
+from fastsae_kernels import DenseGrad, row_adam, workspace
 
 
 def trained(kind, steps=4, clip=None, k=4, d_in=12, d_sae=600):
@@ -81,6 +81,23 @@ def test_moments_in_another_memory_order_are_refused_and_can_be_restored(kind):
     assert torch.equal(restored, moment) and restored.stride() == (1, 4)
     optimizer.state[sae.W_enc]["exp_avg"] = restored
     optimizer.step()
+
+
+def test_released_weights_have_ordinary_gradients_again():
+    sae, optimizer, _ = trained("row_adam", steps=1)
+    optimizer.release()
+    sae.loss(torch.randn(64, 12)).total.backward()
+    assert sae.W_enc.grad is not None and sae.W_dec.grad is not None
+
+
+def test_a_row_major_encoder_is_refused():
+    sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
+    row_major = {name: t.contiguous() for name, t in sae.state_dict().items()}
+    sae.load_state_dict(row_major, assign=True)
+    optimizer = RowAdam(sae.parameters(), lr=1e-3)
+    sae.loss(torch.randn(16, 4)).total.backward()
+    with pytest.raises((IndexError, ValueError), match="weight|index"):
+        optimizer.step()
 
 
 def test_bad_arguments_are_refused():

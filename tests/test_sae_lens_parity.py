@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parity import relative_error
 
 import fastsae
 from fastsae import OptimizerConfig, StandardConfig, TopKConfig, TrainConfig, Trainer
+from parity import relative_error
 
 D, F, K, B = 24, 160, 8, 96
 TOLERANCE = 1e-4

@@ -6,9 +6,9 @@ import math
 import jaxtyping
 import pytest
 import torch
-from parity import relative_error
 
 from fastsae import SAE, SAES, StandardConfig, StandardSAE, TopKConfig, TopKSAE
+from parity import relative_error
 
 D, F, K = 12, 40, 5
 CASES = {
@@ -344,3 +344,27 @@ def test_config_is_refused(message):
     with pytest.raises(ValueError) as caught:
         config_class(**{**shape, **fields})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_forward_and_acts_carry_gradients(architecture):
+    sae_class = SAES[architecture]
+    sae = sae_class(sae_class.config_class.from_dict({"d_in": 6, "d_sae": 20, "k": 3}))
+    x = torch.randn(5, 6, requires_grad=True)
+    sae(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    sae.zero_grad()
+    sae.encode(x).sum().backward()
+    assert sae.W_enc.grad is not None and sae.W_enc.grad.abs().max() > 0
+
+
+def test_the_gradient_of_topk_acts_reaches_the_decoder_norms():
+    config = {"d_in": 6, "d_sae": 20, "k": 3, "rescale_acts_by_decoder_norm": True}
+    sae = SAES["topk"](SAES["topk"].config_class.from_dict(config))
+    x = torch.randn(5, 6)
+    sae.encode(x).sum().backward()
+    W_dec = sae.W_dec.detach().clone().requires_grad_()
+    h = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach() * W_dec.norm(dim=1)
+    h.relu().topk(3).values.sum().backward()
+    assert sae.W_dec.grad is not None and W_dec.grad is not None
+    assert torch.allclose(sae.W_dec.grad, W_dec.grad, atol=1e-6)

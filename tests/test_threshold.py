@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fastsae_kernels import relu_l1_loss, threshold_encode, workspace
 from parity import SHAPES, Shape, all_in, check_parity, weights
 

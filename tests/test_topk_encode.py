@@ -1,6 +1,7 @@
 import pytest
 import torch
-from fastsae_kernels import Impl, SparseCode, topk_encode, workspace
+
+from fastsae_kernels import Impl, SparseCode, release_scratch, topk_encode, workspace
 from fastsae_kernels.topk import eager, select
 from parity import SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
 
@@ -164,6 +165,22 @@ def test_half_precision_product_is_close_to_the_reference(monkeypatch):
     acts = encode(inputs | {"x": inputs["x"].bfloat16()}, Impl.EAGER, 8)["acts"]
     assert acts.dtype == torch.float32
     assert 0 < relative_error(acts, exact) < 2**-7
+
+
+def test_encoding_in_inference_mode_does_not_stop_training():
+    inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()}
+    release_scratch()
+    with torch.inference_mode():
+        topk_encode(inputs["x"], inputs["W_enc"], inputs["b_enc"], 8)
+    encode({k: v.requires_grad_() for k, v in inputs.items()}, Impl.EAGER, 8)["loss"].backward()
+
+
+def test_groups_are_made_for_a_backward_only():
+    inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()}
+    W_enc = inputs["W_enc"].requires_grad_()
+    assert topk_encode(inputs["x"], W_enc, inputs["b_enc"], 8).groups is not None
+    with torch.no_grad():
+        assert topk_encode(inputs["x"], W_enc, inputs["b_enc"], 8).groups is None
 
 
 def test_empty_batch_gives_an_empty_code():

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from parity import relative_error
 from safetensors.torch import load_file
 
 from fastsae import OptimizerConfig, StandardConfig, TopKConfig, TrainConfig, Trainer
@@ -21,6 +20,7 @@ from fastsae.training import defaults
 from fastsae.training.dead_latents import DeadLatents
 from fastsae.training.log import RunLog, read_log
 from fastsae.training.optimizer import lr_factor
+from parity import relative_error
 
 D, F, K, B = 16, 128, 4, 64
 CLOCK = ("seconds", "tokens_per_second")

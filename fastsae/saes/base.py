@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
-from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
 
 Normalization = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
 Reshaping = Literal["none", "hook_z"]

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastsae_kernels import RaggedCode, relu_l1_loss, threshold_encode
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastsae.saes.base import SAE, SAEConfig, SAELoss
+from fastsae_kernels import RaggedCode, relu_l1_loss, threshold_encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,12 @@ class StandardSAE(SAE):
         rows = self._prepare(x)
         centred = rows if self.b_pre is None else rows - self.b_pre
         return (centred @ self.W_enc + self.b_enc).relu().to(x.dtype)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """decode(encode(x)); through dense acts where a gradient is wanted."""
+        if torch.is_grad_enabled():
+            return self.decode(self.encode(x)).reshape(x.shape).to(x.dtype)
+        return super().forward(x)
 
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0

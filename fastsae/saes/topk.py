@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fastsae.saes.base import SAE, SAEConfig, SAELoss
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,
@@ -11,10 +16,6 @@ from fastsae_kernels import (
     mse_l1_loss,
     topk_encode,
 )
-from jaxtyping import Bool, Float
-from torch import Tensor
-
-from fastsae.saes.base import SAE, SAEConfig, SAELoss
 
 T = TypeVar("T", bound=SparseCode | RaggedCode)
 
@@ -44,7 +45,8 @@ class TopKSAE(SAE):
     cfg: TopKConfig
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode:
-        return self._encode(self._prepare(x), self._scale())
+        # Without groups: they are of these acts, and a caller may well change the acts.
+        return self._encode(self._prepare(x), self._scale())._replace(groups=None)
 
     def _encode(self, x: Tensor, scale: Tensor | None) -> SparseCode:
         return topk_encode(
@@ -62,6 +64,8 @@ class TopKSAE(SAE):
     ) -> SAELoss:
         x = self._training_rows(x)
         scale = self._scale()
+        # Without gradient: in acts / n it cancels against the one of the encoder's h * n.
+        scale = None if scale is None else scale.detach()
         code = self._encode(x, scale)
         unscaled = _divided(code, scale)
         mse, _, err = mse_l1_loss(x, unscaled, self.W_dec, self.b_dec, impl=self.impl)
@@ -69,7 +73,7 @@ class TopKSAE(SAE):
         if dead is not None and self.cfg.aux_loss_coefficient:
             auxk = self.cfg.aux_loss_coefficient * aux_topk(
                 x,
-                -err,
+                err,
                 dead,
                 self.W_enc,
                 self.b_enc,
@@ -83,8 +87,7 @@ class TopKSAE(SAE):
         return SAELoss(total, terms, x, err, groups.counts(), code)
 
     def _scale(self) -> Tensor | None:
-        # Without gradient: in acts / n it cancels against the one of the encoder's h * n.
-        return self.decoder_norms().detach() if self.cfg.rescale_acts_by_decoder_norm else None
+        return self.decoder_norms() if self.cfg.rescale_acts_by_decoder_norm else None
 
     def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
         return _divided(code, self._scale())
@@ -115,4 +118,6 @@ def _divided(code: T, scale: Tensor | None) -> T:
     """The code of the acts that multiply W_dec's rows, norms taken out again."""
     if scale is None:
         return code
-    return code._replace(acts=code.acts / scale[code.indices.long()])
+    norms = scale[code.indices.long()]
+    # A latent without a decoder row is never active, but it may fill a short row up.
+    return code._replace(acts=torch.where(code.acts == 0, 0, code.acts / norms))

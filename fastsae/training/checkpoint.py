@@ -23,6 +23,8 @@ STATE = "trainer_state.json"
 def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
     """Write `folder/step-N`: the SAE in SAELens's format, the optimizer and the counters."""
     path = folder / f"step-{trainer.steps_done:09d}"
+    if path.exists():  # of the same bits: it was resumed from, or written just before
+        return path
     tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
     for name, parameter in trainer.sae.named_parameters():
         state = trainer.optimizer.state[parameter]

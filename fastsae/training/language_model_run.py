@@ -125,6 +125,7 @@ def train_on_language_model(run: LanguageModelRun, progress: Progress | None = N
 
     started = time.perf_counter()
     trainer = Trainer(_config(run, lm, hook, train), device=device, out=run.out)
+    write_json(run.out / "run.json", _as_json(run))
     if run.resume:
         trainer.resume()
     batches = ShuffledRows(train.rows, trainer.cfg.batch_size or 1, run.seed)
@@ -148,14 +149,30 @@ def train_on_language_model(run: LanguageModelRun, progress: Progress | None = N
     return Trained(sae, report, lm, held_out, density, timings)
 
 
+FREE_ON_RESUME = {"out", "resume", "device", "eval_tokens", "checkpoints"}
+
+
 def _open_folder(run: LanguageModelRun) -> None:
-    if (run.out / "run.json").exists() and not run.resume:
+    """Refuse another run's folder before the long work, and one that cannot be written to."""
+    path = run.out / "run.json"
+    if not path.exists():
+        write_json(run.out / ".writable", True)
+        (run.out / ".writable").unlink()
+        return
+    if not run.resume:
         raise FileExistsError(
             f"out must be a folder without a run, got {run.out}; continue it with --resume or "
             "choose another"
         )
-    run.out.mkdir(parents=True, exist_ok=True)
-    write_json(run.out / "run.json", json.loads(json.dumps(asdict(run), default=str)))
+    then, now = json.loads(path.read_text()), _as_json(run)
+    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
+    if changed:
+        listing = "; ".join(f"{k}: {then.get(k)!r} then, {now[k]!r} now" for k in changed)
+        raise ValueError(f"run must be the one in {run.out} to resume it, got {listing}")
+
+
+def _as_json(run: LanguageModelRun) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(run), default=str))
 
 
 def _harvest(
@@ -196,8 +213,10 @@ def _config(
             "hook_name": hook.name,
             "context_size": run.context_size,
             "dataset_path": run.dataset,
-            "skip_first": train.row_filter.skip_first,
-            "norm_limit": train.norm_limit,
+            "dataset_split": run.split,
+            "text_column": run.text_column,
+            "held_out_seed": run.seed,
+            "massive_multiple": run.massive_multiple,
         },
     }
     sae: SAEConfig

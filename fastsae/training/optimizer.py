@@ -4,11 +4,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from fastsae_kernels import DenseGrad, RowGrad, collect_row_grads, row_adam, row_grad_norm
 from torch import Tensor, nn
 
 from fastsae.saes import SAE
 from fastsae.training.config import OptimizerConfig
+from fastsae_kernels import (
+    DenseGrad,
+    RowGrad,
+    collect_row_grads,
+    release_row_grads,
+    row_adam,
+    row_grad_norm,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,6 +54,9 @@ class PlainAdam(torch.optim.Adam):
 
     def __init__(self, params: Iterable[nn.Parameter], **kwargs: Any) -> None:
         super().__init__(params, fused=True, **kwargs)
+
+    def release(self) -> None:
+        """Nothing is held."""
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
@@ -87,6 +97,11 @@ class RowAdam(torch.optim.Optimizer):
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         self._row_grads = {p: collect_row_grads(p) for p in self._parameters if p.ndim == 2}
         self._factor: Tensor | None = None
+
+    def release(self) -> None:
+        """Give the weights back to ordinary autograd: backward fills `.grad` again."""
+        for p in self._row_grads:
+            release_row_grads(p)
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:

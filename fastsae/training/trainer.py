@@ -61,7 +61,10 @@ class Trainer:
         rows = rows.to(self.device, torch.float32)
         check_finite(rows, self.steps_done + 1)
         if self.cfg.sae.normalize_activations == "expected_average_only_in":
-            self.scale = math.sqrt(rows.shape[-1]) / float(rows.norm(dim=-1).mean())
+            norm = float(rows.norm(dim=-1).mean())
+            if norm == 0:
+                raise ValueError("activations must not all be 0 to be scaled, got a mean norm of 0")
+            self.scale = math.sqrt(rows.shape[-1]) / norm
         self.sae.b_dec.copy_(rows.mean(0) * self.scale)
 
     def fit(
@@ -116,6 +119,7 @@ class Trainer:
                 self.save()
         if self.out is not None and not self._is_saved(self.steps_done):
             self.save()
+        self.optimizer.release()
         return self.export()
 
     def step(self, x: Float[Tensor, "B D"]) -> SAELoss:

@@ -4,6 +4,7 @@ from fastsae_kernels._dispatch import Impl as Impl
 from fastsae_kernels._row_grads import DenseGrad as DenseGrad
 from fastsae_kernels._row_grads import RowGrad as RowGrad
 from fastsae_kernels._row_grads import collect_row_grads as collect_row_grads
+from fastsae_kernels._row_grads import release_row_grads as release_row_grads
 from fastsae_kernels._workspace import DEFAULT_WORKSPACE as DEFAULT_WORKSPACE
 from fastsae_kernels._workspace import release_scratch as release_scratch
 from fastsae_kernels._workspace import workspace as workspace

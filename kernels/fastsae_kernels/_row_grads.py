@@ -87,6 +87,12 @@ def collect_row_grads(weight: Tensor) -> list[RowGrad]:
     return grads
 
 
+def release_row_grads(weight: Tensor) -> None:
+    """Undo `collect_row_grads`."""
+    if hasattr(weight, "row_grads"):
+        del weight.row_grads  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def row_grads_of(weight: Tensor) -> list[RowGrad] | None:
     """Where backward leaves this weight's gradient: a row optimizer's list, or None for `.grad`."""
     return getattr(weight, "row_grads", None)

@@ -48,7 +48,8 @@ def scratch(n: int, like: Tensor) -> Tensor:
     held = getattr(_kept, "buffer", None)
     if held is None or held.dtype != like.dtype or held.numel() < n:
         _kept.buffer = None  # two of them would not fit into the workspace
-        _kept.buffer = held = torch.empty(n, dtype=like.dtype)
+        with torch.inference_mode(False):  # or training could not write into it later
+            _kept.buffer = held = torch.empty(n, dtype=like.dtype)
     return held[:n]
 
 

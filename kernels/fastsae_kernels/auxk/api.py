@@ -7,7 +7,7 @@ from fastsae_kernels._dispatch import Impl, resolve_impl
 
 def aux_topk(
     x: Tensor,
-    residual: Tensor,
+    err: Tensor,
     dead: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -23,7 +23,7 @@ def aux_topk(
     S_b the k_aux latents with the largest h * scale (signed, no ReLU):
 
         e_hat[b] = sum over j in S_b of h[b, j] W_dec[j]
-        aux      = min(n_dead / (D // 2), 1) * mean_b |e_hat[b] - residual[b]|^2
+        aux      = min(n_dead / (D // 2), 1) * mean_b |e_hat[b] + err[b]|^2
 
     Zero without dead latents. Gao et al. 2024 (arXiv 2406.04093), appendix A.2, as SAELens 6
     weighs it. `scale` ranks the latents and nothing else: with decoder norms, the scaled acts
@@ -31,7 +31,7 @@ def aux_topk(
 
     Args:
         x: [..., D].
-        residual: [..., D] x - x_hat, a constant.
+        err: [..., D] x_hat - x, what the live latents left over, a constant.
         dead: [F] bool.
         W_enc, b_enc, W_dec, b_pre, scale: as in `topk_encode` and `sparse_decode`.
         impl: `auto`, `eager` or `reference`.
@@ -48,14 +48,14 @@ def aux_topk(
     d_in, d_sae = W_enc.shape
     check_rows("x", x, d_in)
     check_shape("W_dec", W_dec, "[F, D]", (d_sae, None))
-    check_rows("residual", residual, W_dec.shape[1])
+    check_rows("err", err, W_dec.shape[1])
     check_shape("b_enc", b_enc, "[F]", (d_sae,))
     check_shape("dead", dead, "[F]", (d_sae,))
     if dead.dtype != torch.bool:
         raise TypeError(f"dead must be bool, got {dead.dtype}")
-    check_same_device(x=x, residual=residual, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
+    check_same_device(x=x, err=err, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
     if resolve_impl(impl, x.device) is Impl.REFERENCE:
         from fastsae_kernels.auxk.reference import aux_topk as run
     else:
         from fastsae_kernels.auxk.eager import aux_topk as run
-    return run(x, residual, dead, W_enc, b_enc, W_dec, b_pre, scale)
+    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale)

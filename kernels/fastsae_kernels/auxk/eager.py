@@ -18,7 +18,7 @@ DENSE_BELOW = 16
 
 def aux_topk(
     x: Tensor,
-    residual: Tensor,
+    err: Tensor,
     dead: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -27,12 +27,12 @@ def aux_topk(
     scale: Tensor | None,
 ) -> Tensor:
     latents = dead.nonzero().squeeze(1)
-    if latents.numel() == 0:
+    if latents.numel() == 0 or x.numel() == 0:
         return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
     sinks = row_grads_of(W_enc), row_grads_of(W_dec)
     loss = _AuxTopK.apply(
         x.detach().reshape(-1, x.shape[-1]),
-        residual.detach().reshape(-1, residual.shape[-1]),
+        err.detach().reshape(-1, err.shape[-1]),
         latents,
         W_enc,
         b_enc,
@@ -64,13 +64,13 @@ class _Sums(NamedTuple):
 
 
 class _AuxTopK(torch.autograd.Function):
-    """The residual is a constant, so the forward pass knows every gradient up to one factor."""
+    """The error is a constant, so the forward pass knows every gradient up to one factor."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        residual: Tensor,
+        err: Tensor,
         latents: Tensor,
         W_enc: Tensor,
         b_enc: Tensor,
@@ -80,7 +80,7 @@ class _AuxTopK(torch.autograd.Function):
         sinks: tuple[list[RowGrad] | None, list[RowGrad] | None],
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        x, residual = x.to(wide), residual.to(wide)
+        x, err = x.to(wide), err.to(wide)
         centred = x if b_pre is None else x - b_pre.to(wide)
         rows = _Dictionary(
             W_enc.t().index_select(0, latents).to(wide),
@@ -92,7 +92,7 @@ class _AuxTopK(torch.autograd.Function):
         k_aux = min(half, len(latents))
         weight = min(len(latents) / half, 1) / len(x)
         run = _dense if len(latents) <= DENSE_BELOW * k_aux else _sparse
-        sums = run(centred, residual, rows, k_aux)
+        sums = run(centred, err, rows, k_aux)
         ctx.save_for_backward(latents, rows.W_enc, *sums[1:])
         ctx.weight, ctx.sinks, ctx.d_sae = 2 * weight, sinks, len(W_dec)
         ctx.dtypes = W_enc.dtype, b_enc.dtype, W_dec.dtype, None if b_pre is None else b_pre.dtype
@@ -119,17 +119,17 @@ class _AuxTopK(torch.autograd.Function):
         return None, None, None, d_W_enc, d_b_enc, d_W_dec, d_b_pre, None, None
 
 
-def _dense(x: Tensor, residual: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
+def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
     """Row-chunked products with the compact rows; three [chunk, n] tensors at a time."""
     n = len(rows.b_enc)
     sums = _Sums(x.new_zeros(()), *(torch.zeros_like(t) for t in rows[:3]))
     chunk = max(1, workspace_bytes() // (4 * n * x.element_size()))
-    for x_c, residual_c in zip(x.split(chunk), residual.split(chunk), strict=True):
+    for x_c, err_c in zip(x.split(chunk), err.split(chunk), strict=True):
         h = torch.addmm(rows.b_enc, x_c, rows.W_enc.t())  # [chunk, n]
         ranked = h if rows.scale is None else h * rows.scale
         picked = ranked.topk(k_aux, dim=1, sorted=False).indices
         acts = torch.zeros_like(h).scatter_(1, picked, h.gather(1, picked))
-        error = torch.addmm(residual_c, acts, rows.W_dec, beta=-1)
+        error = torch.addmm(err_c, acts, rows.W_dec)
         sums.loss.add_(error.square().sum())
         sums.W_dec.addmm_(acts.t(), error)
         slopes = torch.mm(error, rows.W_dec.t(), out=h).gather(1, picked)
@@ -139,12 +139,12 @@ def _dense(x: Tensor, residual: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
     return sums
 
 
-def _sparse(x: Tensor, residual: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
+def _sparse(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
     ranked, indices = select_topk(
         x, rows.W_enc.t(), rows.b_enc, k_aux, rows.scale, floor=-torch.inf
     )
     acts = ranked if rows.scale is None else ranked / rows.scale[indices.long()]
-    error = gather_sum(indices, acts, rows.W_dec).sub_(residual)
+    error = gather_sum(indices, acts, rows.W_dec).add_(err)
     slopes = pair_dots(indices, error, rows.W_dec)
     groups, n = group_by_latent(acts, indices, len(rows.b_enc)), len(rows.b_enc)
     coef = slopes.reshape(-1)[groups.pairs]

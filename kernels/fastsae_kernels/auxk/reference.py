@@ -4,7 +4,7 @@ from torch import Tensor
 
 def aux_topk(
     x: Tensor,
-    residual: Tensor,
+    err: Tensor,
     dead: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -19,5 +19,5 @@ def aux_topk(
     ranked = h if scale is None else h * scale.to(wide)
     picked = ranked.where(dead, -torch.inf).topk(min(half, n_dead)).indices
     acts = torch.zeros_like(h).scatter(-1, picked, h.gather(-1, picked))
-    error = acts @ W_dec.to(wide) - residual.detach().to(wide)
+    error = acts @ W_dec.to(wide) + err.detach().to(wide)
     return error.square().sum(-1).mean() * min(n_dead / half, 1)

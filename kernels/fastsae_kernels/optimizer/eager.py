@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._row_grads import RowGrad
+from fastsae_kernels._workspace import workspace_bytes
 
-BLOCK_BYTES = 2 << 20  # gradient, weight and moments of a block stay in a core's cache
+# A block's gradient stays in the last-level cache. Smaller blocks divide worse over threads, since
+# a latent that fires on every row is one thread's work; measured from 1 to 40 MiB.
+BLOCK_BYTES = 8 << 20
 
 
 @torch.no_grad()
@@ -49,11 +52,17 @@ def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
 
 
 def _gradient_blocks(weight: Tensor, grads: Sequence[RowGrad]) -> Iterator[tuple[int, int, Tensor]]:
-    size = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
+    block = min(BLOCK_BYTES, workspace_bytes() // 16)
+    size = max(1, block // (weight.shape[1] * weight.element_size()))
     for start in range(0, len(weight), size):
         stop = min(start + size, len(weight))
         parts = [grad.block(start, stop) for grad in grads]
         total = parts[0] if parts else torch.zeros_like(weight[start:stop])
         for part in parts[1:]:
             total = total + part
+        if total.shape != weight[start:stop].shape:
+            raise ValueError(
+                f"grads must be of weight's rows {list(weight[start:stop].shape)}, "
+                f"got {list(total.shape)}; is weight [F, D]?"
+            )
         yield start, stop, total.to(weight.dtype)

@@ -18,7 +18,9 @@ def topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, scale: Tensor | None
 ) -> SparseCode:
     flat = x.reshape(-1, x.shape[-1])
-    outputs = _TopKEncode.apply(flat, W_enc, b_enc, b_pre, scale, k, row_grads_of(W_enc))
+    learned = (x, W_enc, b_enc, b_pre, scale)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    outputs = _TopKEncode.apply(flat, *learned[1:], k, learns, row_grads_of(W_enc))
     acts, indices, *groups = outputs
     shape = (*x.shape[:-1], k)
     made = LatentGroups(*groups) if groups else None
@@ -35,13 +37,14 @@ class _TopKEncode(torch.autograd.Function):
         b_pre: Tensor | None,
         scale: Tensor | None,
         k: int,
+        learns: bool,
         sink: list[RowGrad] | None,
     ) -> tuple[Tensor, ...]:
         wide = torch.promote_types(x.dtype, torch.float32)
         centred = x.to(wide) if b_pre is None else x.to(wide) - b_pre.to(wide)
         rows = centred if x.device.type in FP32_PRODUCT_DEVICES else centred.to(x.dtype)
         acts, indices = select_topk(rows, W_enc, b_enc, k, scale)
-        if not any(ctx.needs_input_grad):
+        if not learns:
             ctx.mark_non_differentiable(indices)
             return acts, indices
         groups = group_by_latent(acts, indices, W_enc.shape[1])
@@ -82,7 +85,7 @@ class _TopKEncode(torch.autograd.Function):
             d_x,
             d_W,
             d_b.to(b_enc.dtype) if d_b is not None and needs_b else None,
-            *((d_b_pre, d_scale, None, None)),
+            *((d_b_pre, d_scale, None, None, None)),
         )
 
 

@@ -14,6 +14,7 @@ from fastsae_kernels._workspace import scratch, workspace_bytes
 
 GROUP = 32
 MAX_ROWS = 2048
+MIN_ROWS = 512  # a product over fewer rows is slower
 
 
 @torch.no_grad()
@@ -38,21 +39,31 @@ def select_topk(
     for start in range(0, x.shape[0], n_rows):
         rows = slice(start, start + n_rows)
         best = _Best(acts[rows], floor)
-        for first in range(0, W_enc.shape[1], n_columns):
-            columns = slice(first, first + n_columns)
+        for columns in _column_blocks(W_enc.shape[1], n_columns):
             part = None if scale is None else scale[columns]
             scores = _score(x[rows], W_enc[:, columns], b_enc[columns], part, buffer)
-            best.merge(scores, first)
+            best.merge(scores, columns.start)
         acts[rows], indices[rows] = best.finish(W_enc.shape[1])
     return acts, indices
 
 
 def _block_shape(n_rows: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
-    """Rows and columns of a block; half the workspace is left for what is found in it."""
+    """Rows and columns of a block; half the workspace is left for what is found in it.
+
+    With 4 k groups to a block only about a quarter of them can hold one of its k best.
+    """
     values = workspace_bytes() // 2 // itemsize
-    rows = max(1, min(n_rows, MAX_ROWS, values // max(GROUP, 4 * k)))
+    rows = min(n_rows, MAX_ROWS, max(MIN_ROWS, values // (4 * k * GROUP)))
+    rows = max(1, min(rows, values // max(GROUP, 4 * k)))
     columns = values // rows // GROUP * GROUP
     return rows, max(GROUP, min(columns, -(-d_sae // GROUP) * GROUP))
+
+
+def _column_blocks(d_sae: int, n_columns: int) -> list[slice]:
+    """Whole groups in blocks of `n_columns`, then the columns that fill no group."""
+    whole = d_sae // GROUP * GROUP
+    edges = [*range(0, whole, n_columns), whole, d_sae]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
 
 def _score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor) -> Tensor:
@@ -63,8 +74,10 @@ def _score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer
     else:
         out.copy_(torch.mm(x, W_enc.to(x.dtype)))
     # The bias comes after the product: `addmm` would first fill the block with it.
+    b_enc = b_enc.to(out.dtype)
     if scale is None:
         return out.add_(b_enc)
+    scale = scale.to(out.dtype)
     return torch.addcmul(b_enc * scale, out, scale, out=out)
 
 
@@ -79,7 +92,7 @@ class _Best:
 
     def merge(self, scores: Tensor, first: int) -> None:
         n_rows, n_columns = scores.shape
-        if n_columns % GROUP or n_columns <= 2 * GROUP:
+        if n_columns % GROUP:
             return self._merge_block(scores, first)
         groups = scores.view(n_rows, -1, GROUP)
         maxima = groups.amax(2)
