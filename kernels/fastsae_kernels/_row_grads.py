@@ -39,6 +39,12 @@ class PairGrad:
             include_last_offset=True,
         )
 
+    def touched(self) -> "PairGrad":
+        """The same gradient without the rows that are zero because their latent has no pair."""
+        offsets = self.groups.offsets
+        starts = offsets[:-1][self.groups.counts() > 0]
+        return replace(self, groups=self.groups._replace(offsets=torch.cat([starts, offsets[-1:]])))
+
     def scaled(self, factor: Tensor) -> "PairGrad":
         return replace(self, coef=self.coef * factor)
 

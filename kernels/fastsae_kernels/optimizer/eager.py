@@ -3,7 +3,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastsae_kernels._row_grads import RowGrad
+from fastsae_kernels._row_grads import PairGrad, RowGrad
 from fastsae_kernels._workspace import workspace_bytes
 
 # A block's gradient stays in the last-level cache. Smaller blocks divide worse over threads, since
@@ -47,8 +47,13 @@ def row_adam(
 
 @torch.no_grad()
 def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
-    blocks = (g.reshape(-1) for *_, g in _gradient_blocks(weight, grads))
-    return torch.stack([torch.dot(g, g) for g in blocks]).sum().sqrt()
+    n_rows = len(weight)
+    if len(grads) == 1 and isinstance(grads[0], PairGrad):
+        grads = [grads[0].touched()]
+        n_rows = len(grads[0].groups.offsets) - 1
+    blocks = (g.reshape(-1) for *_, g in _gradient_blocks(weight[:n_rows], grads))
+    squares = [torch.dot(g, g) for g in blocks] or [weight.new_zeros(())]
+    return torch.stack(squares).sum().sqrt()
 
 
 def _gradient_blocks(weight: Tensor, grads: Sequence[RowGrad]) -> Iterator[tuple[int, int, Tensor]]:
