@@ -32,20 +32,20 @@ def evaluate(
         `rows`, `all_rows` (see `definitions`), `cross_entropy` and the counts of rows left out.
     """
     metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
-    parts = {"rows": held_out.rows, "excluded": held_out.excluded}
-    total = sum(len(rows) for rows in parts.values())
+    kept = held_out.rows.split(CHUNK_ROWS)
+    # Spread over the batches: a batch of first positions alone has no variance to explain.
+    excluded = held_out.excluded.tensor_split(len(kept))
+    total = len(held_out.rows) + len(held_out.excluded)
     done = 0
-    for name, rows in parts.items():
-        for x in rows.split(CHUNK_ROWS):
-            x = x.to(sae.device, torch.float32)
-            code = sae.encode_sparse(x)
-            x_hat = sae.decode(code).reshape(x.shape)
-            metrics["all"].update(x, x_hat, code.indices, code.acts)
-            if name == "rows":
-                metrics["rows"].update(x, x_hat, code.indices, code.acts)
-            done += len(x)
-            if progress is not None:
-                progress(done, 2 * total)
+    for rows, others in zip(kept, excluded, strict=True):
+        x = torch.cat([rows, others.to(rows.dtype)]).to(sae.device, torch.float32)
+        for name, part in (("rows", x[: len(rows)]), ("all", x)):
+            code = sae.encode_sparse(part)
+            x_hat = sae.decode(code).reshape(part.shape)
+            metrics[name].update(part, x_hat, code.indices, code.acts)
+        done += len(x)
+        if progress is not None:
+            progress(done, 2 * total)
     found = loss_recovered(lm, hook, held_out.tokens, sae, row_filter=held_out.row_filter)
     if progress is not None:
         progress(2 * total, 2 * total)
