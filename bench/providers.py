@@ -75,34 +75,41 @@ def fastsae_step(
     return step
 
 
+def sae_lens_config(tokens: int, batch_size: int, lr: float, *, dead_window: int) -> Any:
+    """SAELens's trainer configuration: constant learning rate, no log, no checkpoint."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+
+    return SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=tokens,
+        device="cpu",
+        autocast=False,
+        lr=lr,
+        lr_end=lr,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_decay_steps=0,
+        n_restart_cycles=1,
+        train_batch_size_samples=batch_size,
+        dead_feature_window=dead_window,
+        feature_sampling_window=2000,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=50,
+    )
+
+
 def sae_lens_step(start: Start) -> Step:
     with quiet():
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         case = start.case
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=case.D, d_sae=case.F, k=case.K))
-        cfg = SAETrainerConfig(
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
-            total_training_samples=10**6 * case.B,
-            device="cpu",
-            autocast=False,
-            lr=LR,
-            lr_end=LR,
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            lr_decay_steps=0,
-            n_restart_cycles=1,
-            train_batch_size_samples=case.B,
-            dead_feature_window=10**9,
-            feature_sampling_window=2000,
-            logger=LoggingConfig(log_to_wandb=False),
-        )
+        cfg = sae_lens_config(10**6 * case.B, case.B, LR, dead_window=10**9)
         no_data: Iterator[Tensor] = iter(())
         trainer = SAETrainer(cfg, sae, no_data)
     with torch.no_grad():

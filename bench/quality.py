@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.providers import quiet
+from bench.providers import quiet, sae_lens_config
 from bench.record import RESULTS, append
 from fastsae import SAE, TopKConfig, TrainConfig, Trainer
 from fastsae.data import (
@@ -139,7 +139,6 @@ def train_sae_lens(
 ) -> Outcome:
     with quiet():
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
     torch.manual_seed(seed)
     sae = TopKTrainingSAE(
@@ -150,27 +149,9 @@ def train_sae_lens(
             normalize_activations="expected_average_only_in" if scaled else "none",
         )
     )
-    cfg = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        total_training_samples=setting.tokens // batch_size * batch_size,
-        device="cpu",
-        autocast=False,
-        lr=lr,
-        lr_end=lr / 10,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        train_batch_size_samples=batch_size,
-        dead_feature_window=dead_window,
-        feature_sampling_window=2000,
-        logger=LoggingConfig(log_to_wandb=False),
-        n_batches_for_norm_estimate=50,
-    )
+    with quiet():
+        tokens = setting.tokens // batch_size * batch_size
+        cfg = sae_lens_config(tokens, batch_size, lr, dead_window=dead_window)
     clock.every = max(1, setting.tokens // batch_size // CURVE_STEPS)
     batches = ShuffledRows(data.train, batch_size, seed)
 
