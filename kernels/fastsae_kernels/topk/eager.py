@@ -1,93 +1,162 @@
-from typing import Any
+"""Exact top-k of scores that need not all be in memory at once.
+
+Blocks of scores as large as half the workspace are written into the same buffer. The k-th largest
+maximum over groups of 32 columns is a value that k scores reach, so only groups whose maximum does
+can hold a winner: on real inputs about k of them. Their few values are merged into the k best so
+far, whose last is the bound for the next block. Whatever the input, a block with too many such
+groups is merged by `torch.topk` instead, so memory stays within the workspace.
+"""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastsae_kernels._row_grads import PairGrad, RowGrad, emit, row_grads_of, sum_pairs
-from fastsae_kernels.code import LatentGroups, SparseCode
-from fastsae_kernels.decode.eager import gather_sum
-from fastsae_kernels.grouping.eager import group_by_latent
-from fastsae_kernels.topk.select import select_topk
+from fastsae_kernels._workspace import scratch, workspace_bytes
 
-# There a half-precision product is emulated, several times slower than fp32.
-FP32_PRODUCT_DEVICES = ("cpu",)
+GROUP = 32
+MAX_ROWS = 2048
+MIN_ROWS = 512  # a product over fewer rows is slower
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, scale: Tensor | None
-) -> SparseCode:
-    flat = x.reshape(-1, x.shape[-1])
-    learned = (x, W_enc, b_enc, b_pre, scale)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
-    outputs = _TopKEncode.apply(flat, *learned[1:], k, learns, row_grads_of(W_enc))
-    acts, indices, *groups = outputs
-    shape = (*x.shape[:-1], k)
-    made = LatentGroups(*groups) if groups else None
-    return SparseCode(acts.reshape(shape), indices.reshape(shape), made)
+def select_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    scale: Tensor | None,
+    signed: bool,
+) -> tuple[Tensor, Tensor]:
+    floor = -torch.inf if signed else 0.0
+    wide = torch.promote_types(x.dtype, torch.float32)
+    acts = torch.empty(x.shape[0], k, dtype=wide, device=x.device)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
+    n_rows, n_columns = _block_shape(len(x), W_enc.shape[1], k, wide.itemsize)
+    buffer = scratch(n_rows * n_columns, acts)
+    for start in range(0, x.shape[0], n_rows):
+        rows = slice(start, start + n_rows)
+        best = _Best(acts[rows], floor)
+        for columns in _column_blocks(W_enc.shape[1], n_columns):
+            part = None if scale is None else scale[columns]
+            scores = _score(x[rows], W_enc[:, columns], b_enc[columns], part, buffer)
+            best.merge(scores, columns.start)
+        acts[rows], indices[rows] = best.finish(W_enc.shape[1])
+    return acts, indices
 
 
-class _TopKEncode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_pre: Tensor | None,
-        scale: Tensor | None,
-        k: int,
-        learns: bool,
-        sink: list[RowGrad] | None,
-    ) -> tuple[Tensor, ...]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        centred = x.to(wide) if b_pre is None else x.to(wide) - b_pre.to(wide)
-        rows = centred if x.device.type in FP32_PRODUCT_DEVICES else centred.to(x.dtype)
-        acts, indices = select_topk(rows, W_enc, b_enc, k, scale)
-        if not learns:
-            ctx.mark_non_differentiable(indices)
-            return acts, indices
-        groups = group_by_latent(acts, indices, W_enc.shape[1])
-        ctx.mark_non_differentiable(indices, *groups)
-        ctx.save_for_backward(centred, W_enc, b_enc, scale, acts, indices, *groups)
-        ctx.x_dtype, ctx.sink = x.dtype, sink
-        ctx.b_pre_dtype = None if b_pre is None else b_pre.dtype
-        return acts, indices, *groups
+def _block_shape(n_rows: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of a block; half the workspace is left for what is found in it.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        centred, W_enc, b_enc, scale, acts, indices, *groups = ctx.saved_tensors
-        groups = LatentGroups(*groups)
-        d_sae = W_enc.shape[1]
-        d_pre = torch.where(acts != 0, g, 0)
-        d_scale = None
-        if scale is not None:
-            picked = scale.to(d_pre.dtype)[indices.long()]
-            if ctx.needs_input_grad[4]:
-                per_pair = torch.where(picked != 0, d_pre * acts / picked, 0)
-                d_scale = sum_pairs(groups, _by_latent(per_pair, groups), len(acts)).to(scale.dtype)
-            d_pre = d_pre * picked
-        coef = _by_latent(d_pre, groups)
-        needs_x, needs_W, needs_b, needs_pre = ctx.needs_input_grad[:4]
-        d_x = d_W = d_b_pre = None
-        if needs_x:
-            rows = W_enc.t().to(d_pre.dtype).contiguous()
-            d_x = gather_sum(indices, d_pre, rows).to(ctx.x_dtype)
-        if needs_W:
-            dense = emit(ctx.sink, PairGrad(groups, coef, centred), d_sae)
-            d_W = None if dense is None else dense.t().to(W_enc.dtype)
-        d_b = sum_pairs(groups, coef, len(acts)) if needs_b or needs_pre else None
-        if d_b is not None and needs_pre:
-            # Summing over the rows first turns a [B, D] gather into one matrix-vector product.
-            d_b_pre = -(W_enc.to(d_b.dtype) @ d_b).to(ctx.b_pre_dtype)
-        return (
-            d_x,
-            d_W,
-            d_b.to(b_enc.dtype) if d_b is not None and needs_b else None,
-            *((d_b_pre, d_scale, None, None, None)),
-        )
+    With 4 k groups to a block only about a quarter of them can hold one of its k best.
+    """
+    values = workspace_bytes() // 2 // itemsize
+    rows = min(n_rows, MAX_ROWS, max(MIN_ROWS, values // (4 * k * GROUP)))
+    rows = max(1, min(rows, values // max(GROUP, 4 * k)))
+    columns = values // rows // GROUP * GROUP
+    return rows, max(GROUP, min(columns, -(-d_sae // GROUP) * GROUP))
 
 
-def _by_latent(per_pair: Tensor, groups: LatentGroups) -> Tensor:
-    return per_pair.reshape(-1)[groups.pairs]
+def _column_blocks(d_sae: int, n_columns: int) -> list[slice]:
+    """Whole groups in blocks of `n_columns`, then the columns that fill no group."""
+    whole = d_sae // GROUP * GROUP
+    edges = [*range(0, whole, n_columns), whole, d_sae]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+def _score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor) -> Tensor:
+    """[B, C]: (x W_enc + b_enc) * scale, written into `buffer`."""
+    out = buffer[: x.shape[0] * W_enc.shape[1]].view(x.shape[0], W_enc.shape[1])
+    if x.dtype == out.dtype:
+        torch.mm(x, W_enc.to(x.dtype), out=out)
+    else:
+        out.copy_(torch.mm(x, W_enc.to(x.dtype)))
+    # The bias comes after the product: `addmm` would first fill the block with it.
+    b_enc = b_enc.to(out.dtype)
+    if scale is None:
+        return out.add_(b_enc)
+    scale = scale.to(out.dtype)
+    return torch.addcmul(b_enc * scale, out, scale, out=out)
+
+
+class _Best:
+    """The k best values of each row so far, and the value that a newcomer must exceed."""
+
+    def __init__(self, acts: Tensor, floor: float) -> None:
+        self.k, self.floor = acts.shape[1], floor
+        self.acts = torch.full_like(acts, floor)
+        self.indices = torch.zeros_like(acts, dtype=torch.int32)
+        self.bound = acts.new_full((len(acts),), floor)
+
+    def merge(self, scores: Tensor, first: int) -> None:
+        n_rows, n_columns = scores.shape
+        if n_columns % GROUP:
+            return self._merge_block(scores, first)
+        groups = scores.view(n_rows, -1, GROUP)
+        maxima = groups.amax(2)
+        if first == 0 and maxima.shape[1] >= self.k:
+            # The k-th largest maximum is a value of the row that k values reach.
+            reached = maxima.topk(self.k, dim=1).values[:, -1]
+            self.bound = torch.nextafter(reached, reached.new_tensor(-torch.inf)).clamp_min_(
+                self.floor
+            )
+        # "Not below or equal" rather than "above": NaN passes and stays visible.
+        open_groups = (maxima <= self.bound[:, None]).logical_not_().view(-1).nonzero().squeeze(1)
+        if open_groups.numel() > maxima.numel() // 2:
+            return self._merge_block(scores, first)
+        found = groups.view(-1, GROUP).index_select(0, open_groups)
+        group_rows = open_groups // maxima.shape[1]
+        beats = (found <= self.bound[group_rows][:, None]).logical_not_()
+        hits = beats.view(-1).nonzero().squeeze(1)
+        values = found.view(-1)[hits]
+        hit_groups = hits // GROUP
+        rows = group_rows[hit_groups]
+        columns = open_groups[hit_groups] % maxima.shape[1] * GROUP + hits % GROUP + first
+        counts = rows.bincount(minlength=n_rows)
+        width = int(counts.max())
+        if width > max(8 * self.k, n_columns // 8):
+            return self._merge_block(scores, first)
+        # Row by row: each newcomer's place behind the k best, where padding never wins.
+        slot = torch.arange(hits.numel(), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        place = rows * width + slot
+        new_acts = values.new_full((n_rows, width), -torch.inf)
+        new_acts.view(-1)[place] = values
+        new_indices = self.indices.new_zeros(n_rows, width)
+        new_indices.view(-1)[place] = columns.int()
+        self._keep(new_acts, new_indices)
+
+    def _merge_block(self, scores: Tensor, first: int) -> None:
+        values, columns = scores.topk(min(self.k, scores.shape[1]), dim=1)
+        self._keep(values, (columns + first).int())
+
+    def _keep(self, new_acts: Tensor, new_indices: Tensor) -> None:
+        acts = torch.cat([self.acts, new_acts.clamp_min_(self.floor)], dim=1)
+        self.acts, order = acts.topk(self.k, dim=1)
+        self.indices = torch.cat([self.indices, new_indices], dim=1).gather(1, order)
+        self.bound = self.acts[:, -1].contiguous()
+
+    def finish(self, d_sae: int) -> tuple[Tensor, Tensor]:
+        acts, indices = self.acts, self.indices
+        if self.floor == 0 and bool((acts[:, -1] == 0).any()):
+            indices = _fill_padding(acts, indices, d_sae)
+        if self.k > 1 and bool((acts[:, 1:] == acts[:, :-1]).any()):
+            indices, order = indices.sort(dim=1)
+            acts = acts.gather(1, order)
+            acts, order = acts.sort(dim=1, descending=True, stable=True)
+            indices = indices.gather(1, order)
+        return acts, indices
+
+
+def _fill_padding(acts: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """Give the acts of 0 the lowest latents that are not active in their row."""
+    short = (acts[:, -1] == 0).nonzero().squeeze(1)
+    k = acts.shape[1]
+    out = indices.clone()
+    for rows in short.split(max(1, workspace_bytes() // (32 * k))):
+        n_candidates = min(2 * k, d_sae)
+        active = acts[rows] != 0
+        taken = torch.zeros(len(rows), n_candidates + 1, dtype=torch.bool, device=acts.device)
+        spill = torch.where(active, indices[rows].long(), n_candidates).clamp_max(n_candidates)
+        taken.scatter_(1, spill, True)
+        free = taken[:, :n_candidates].to(torch.int8).argsort(dim=1, stable=True)
+        rank = (~active).cumsum(1) - 1
+        picked = free.gather(1, rank.clamp_min(0)).int()
+        out[rows] = torch.where(active, indices[rows], picked)
+    return out
