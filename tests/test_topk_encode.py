@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fastsae_kernels import Impl, SparseCode, release_scratch, topk_encode, workspace
-from fastsae_kernels.topk import eager, select
-from parity import SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
+from fastsae_kernels import Impl, SparseCode, _dispatch, release_scratch, topk_encode, workspace
+from fastsae_kernels.topk import eager, function
+from parity import DEVICE, SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -18,23 +18,28 @@ def encode(inputs, impl, k):
         scale=inputs.get("scale"),
         impl=impl,
     )
-    mix = torch.linspace(0.5, 1.5, code.acts.numel(), dtype=torch.float64).view_as(code.acts)
+    mix = torch.linspace(0.5, 1.5, code.acts.numel(), dtype=torch.float64, device=DEVICE).view_as(code.acts)
     return {"acts": code.acts, "indices": code.indices, "loss": (code.acts * mix).sum()}
 
 
+@pytest.mark.parametrize("impl", [Impl.EAGER, Impl.TRITON])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype):
-    check_parity(lambda i, impl: encode(i, impl, shape.K), weights(shape), all_in(dtype))
+def test_matches_reference(shape, dtype, impl):
+    if impl is Impl.TRITON and dtype is torch.float64:
+        pytest.skip("the kernels take no fp64")
+    check_parity(lambda i, impl: encode(i, impl, shape.K), weights(shape), all_in(dtype), impl)
 
 
+@pytest.mark.parametrize("impl", [Impl.EAGER, Impl.TRITON])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scale_and_its_gradient_match_reference(shape):
-    inputs = weights(shape) | {"scale": 2.0 ** torch.randint(-1, 2, (shape.F,)).double()}
-    inputs["b_enc"] = torch.zeros(shape.F, dtype=torch.float64)
+def test_scale_and_its_gradient_match_reference(shape, impl):
+    inputs = weights(shape) | {"scale": 2.0 ** torch.randint(-1, 2, (shape.F,), device=DEVICE).double()}
+    inputs["b_enc"] = torch.zeros(shape.F, dtype=torch.float64, device=DEVICE)
     # Powers of two times odd multiples of 2^-18: still exact, still distinct.
-    inputs["b_enc"] += torch.randperm(shape.F).double() * 2.0**-15 + 2.0**-17
-    check_parity(lambda i, impl: encode(i, impl, shape.K), inputs, all_in(torch.float64))
+    inputs["b_enc"] += torch.randperm(shape.F, device=DEVICE).double() * 2.0**-15 + 2.0**-17
+    dtype = torch.float64 if impl is Impl.EAGER else torch.float32
+    check_parity(lambda i, impl: encode(i, impl, shape.K), inputs, all_in(dtype), impl)
 
 
 def values_of(scores, k):
@@ -79,7 +84,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection_is_exact_on_adversarial_scores(kind, k):
     scores = adversarial(kind, 6, 1500)
-    best = select._Best(scores.new_empty(len(scores), k), 0.0)
+    best = eager._Best(scores.new_empty(len(scores), k), 0.0)
     for first in range(0, 1500, 320):
         best.merge(scores[:, first : first + 320].contiguous(), first)
     acts, indices = best.finish(1500)
@@ -104,7 +109,7 @@ def test_random_search_finds_no_mismatch_of_the_multiset():
         if trial % 3 == 0:
             scores = (scores * 2).round()
         width = int(torch.randint(1, 8, (1,), generator=generator)) * 32
-        best = select._Best(scores.new_empty(len(scores), k), 0.0)
+        best = eager._Best(scores.new_empty(len(scores), k), 0.0)
         for first in range(0, F, width):
             best.merge(scores[:, first : first + width].contiguous(), first)
         acts, indices = best.finish(F)
@@ -113,21 +118,19 @@ def test_random_search_finds_no_mismatch_of_the_multiset():
         check_order(acts, indices)
 
 
-@pytest.mark.parametrize("signed_floor", [0.0, -torch.inf])
-def test_small_workspace_gives_the_same_bits(signed_floor):
+@pytest.mark.parametrize("signed", [False, True])
+def test_small_workspace_gives_the_same_bits(signed):
     shape = Shape(70, 24, 9000, 12)
     inputs = {k: v.float() for k, v in weights(shape).items()}
-    whole = select.select_topk(
-        inputs["x"], inputs["W_enc"], inputs["b_enc"], 12, None, signed_floor
-    )
+    arguments = inputs["x"], inputs["W_enc"], inputs["b_enc"], 12, None, signed
+    whole = eager.select_topk(*arguments)
     with workspace(1 << 20):
-        parts = select.select_topk(
-            inputs["x"], inputs["W_enc"], inputs["b_enc"], 12, None, signed_floor
-        )
+        parts = eager.select_topk(*arguments)
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
 
 
-@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("impl", ["eager", "triton", "reference"])
 def test_nan_comes_out_as_nan(impl):
     inputs = {k: v.float() for k, v in weights(Shape(4, 8, 640, 5)).items()}
     inputs["x"][2, 3] = torch.nan
@@ -159,7 +162,7 @@ def test_leading_axes_and_memory_orders_do_not_matter():
 
 def test_half_precision_product_is_close_to_the_reference(monkeypatch):
     """What a GPU does with bf16 rows, run on the CPU: bf16 operands and product, the rest fp32."""
-    monkeypatch.setattr(eager, "FP32_PRODUCT_DEVICES", ())
+    monkeypatch.setattr(function, "FP32_PRODUCT_DEVICES", ())
     inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()} | {"b_dec": torch.zeros(32)}
     exact = encode(inputs, Impl.REFERENCE, 8)["acts"]
     acts = encode(inputs | {"x": inputs["x"].bfloat16()}, Impl.EAGER, 8)["acts"]
@@ -213,6 +216,20 @@ def test_integer_rows_are_refused():
         topk_encode(torch.ones(2, 3, dtype=torch.int64), GOOD["W_enc"], GOOD["b_enc"], 2)
 
 
-def test_an_implementation_that_is_absent_is_refused():
-    with pytest.raises(RuntimeError, match=r"impl must be one of \['eager', 'reference'\]"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels")
+def test_kernels_without_a_gpu_or_the_interpreter_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="impl='triton' needs tensors on a GPU, got cpu"):
         topk_encode(**GOOD, impl=Impl.TRITON)
+
+
+def test_kernels_without_triton_are_refused(monkeypatch):
+    monkeypatch.setattr(_dispatch, "triton_installed", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        topk_encode(**GOOD, impl=Impl.TRITON)
+
+
+def test_kernels_refuse_fp64():
+    good = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in GOOD.items()}
+    with pytest.raises(TypeError, match="impl='triton' takes .*, got float64"):
+        topk_encode(**good, impl=Impl.TRITON)

@@ -34,7 +34,7 @@ def aux_topk(
         err: [..., D] x_hat - x, what the live latents left over, a constant.
         dead: [F] bool.
         W_enc, b_enc, W_dec, b_pre, scale: as in `topk_encode` and `sparse_decode`.
-        impl: `auto`, `eager` or `reference`.
+        impl: `auto`, `triton`, `eager` or `reference`.
 
     Returns:
         0-dim loss; gradients reach W_enc, b_enc, b_pre and W_dec.
@@ -54,8 +54,11 @@ def aux_topk(
     if dead.dtype != torch.bool:
         raise TypeError(f"dead must be bool, got {dead.dtype}")
     check_same_device(x=x, err=err, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
-    if resolve_impl(impl, x.device) is Impl.REFERENCE:
-        from fastsae_kernels.auxk.reference import aux_topk as run
-    else:
-        from fastsae_kernels.auxk.eager import aux_topk as run
-    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale)
+    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    if impl is Impl.REFERENCE:
+        from fastsae_kernels.auxk.reference import aux_topk as reference
+
+        return reference(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale)
+    from fastsae_kernels.auxk.function import aux_topk as run
+
+    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, impl)

@@ -1,48 +1,18 @@
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastsae_kernels._row_grads import PairGrad, RowGrad, SubsetGrad, emit, row_grads_of, sum_pairs
-from fastsae_kernels._sddmm import pair_dots
+from fastsae_kernels._dispatch import Impl
 from fastsae_kernels._workspace import workspace_bytes
-from fastsae_kernels.decode.eager import gather_sum
+from fastsae_kernels.decode.ops import gather_sum, pair_dots
 from fastsae_kernels.grouping.eager import group_by_latent
-from fastsae_kernels.topk.select import select_topk
+from fastsae_kernels.grouping.ops import segment_sum, segment_total
+from fastsae_kernels.topk.ops import select_topk
 
 # Below this many dead latents for each one kept, dense products over a compact copy of their rows
 # take the place of gathers: an estimate from the cost of either at D = 576 on a CPU, not tuned.
 DENSE_BELOW = 16
-
-
-def aux_topk(
-    x: Tensor,
-    err: Tensor,
-    dead: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-) -> Tensor:
-    latents = dead.nonzero().squeeze(1)
-    if latents.numel() == 0 or x.numel() == 0:
-        return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-    sinks = row_grads_of(W_enc), row_grads_of(W_dec)
-    loss = _AuxTopK.apply(
-        x.detach().reshape(-1, x.shape[-1]),
-        err.detach().reshape(-1, err.shape[-1]),
-        latents,
-        W_enc,
-        b_enc,
-        W_dec,
-        b_pre,
-        None if scale is None else scale.detach(),
-        sinks,
-    )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 class _Dictionary(NamedTuple):
@@ -63,60 +33,37 @@ class _Sums(NamedTuple):
     W_dec: Tensor
 
 
-class _AuxTopK(torch.autograd.Function):
-    """The error is a constant, so the forward pass knows every gradient up to one factor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        err: Tensor,
-        latents: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_pre: Tensor | None,
-        scale: Tensor | None,
-        sinks: tuple[list[RowGrad] | None, list[RowGrad] | None],
-    ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, err = x.to(wide), err.to(wide)
-        centred = x if b_pre is None else x - b_pre.to(wide)
-        rows = _Dictionary(
-            W_enc.t().index_select(0, latents).to(wide),
-            b_enc[latents].to(wide),
-            W_dec.index_select(0, latents).to(wide),
-            None if scale is None else scale[latents].to(wide),
-        )
-        half = max(1, x.shape[1] // 2)
-        k_aux = min(half, len(latents))
-        weight = min(len(latents) / half, 1) / len(x)
-        run = _dense if len(latents) <= DENSE_BELOW * k_aux else _sparse
-        sums = run(centred, err, rows, k_aux)
-        ctx.save_for_backward(latents, rows.W_enc, *sums[1:])
-        ctx.weight, ctx.sinks, ctx.d_sae = 2 * weight, sinks, len(W_dec)
-        ctx.dtypes = W_enc.dtype, b_enc.dtype, W_dec.dtype, None if b_pre is None else b_pre.dtype
-        return sums.loss * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        latents, rows_W_enc, d_enc, d_b, d_dec = ctx.saved_tensors
-        needs_enc, needs_b, needs_dec, needs_pre = ctx.needs_input_grad[3:7]
-        enc_dtype, b_dtype, dec_dtype, pre_dtype = ctx.dtypes
-        factor = g * ctx.weight
-        d_W_enc = d_W_dec = d_b_enc = d_b_pre = None
-        if needs_enc:
-            dense = emit(ctx.sinks[0], SubsetGrad(latents, d_enc * factor), ctx.d_sae)
-            d_W_enc = None if dense is None else dense.t().to(enc_dtype)
-        if needs_dec:
-            dense = emit(ctx.sinks[1], SubsetGrad(latents, d_dec * factor), ctx.d_sae)
-            d_W_dec = None if dense is None else dense.to(dec_dtype)
-        if needs_b:
-            d_b_enc = d_b.new_zeros(ctx.d_sae).index_copy(0, latents, d_b * factor).to(b_dtype)
-        if needs_pre:
-            d_b_pre = -(d_b * factor @ rows_W_enc).to(pre_dtype)
-        return None, None, None, d_W_enc, d_b_enc, d_W_dec, d_b_pre, None, None
+def aux_topk_sums(
+    x: Tensor,
+    err: Tensor,
+    dead: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    impl: Impl,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, err = x.to(wide), err.to(wide)
+    centred = x if b_pre is None else x - b_pre.to(wide)
+    latents = dead.nonzero().squeeze(1)
+    rows = _Dictionary(
+        W_enc.t().index_select(0, latents).to(wide),
+        b_enc[latents].to(wide),
+        W_dec.index_select(0, latents).to(wide),
+        None if scale is None else scale[latents].to(wide),
+    )
+    half = max(1, x.shape[1] // 2)
+    k_aux = min(half, len(latents))
+    if k_aux == 0 or len(x) == 0:
+        return x.new_zeros(()), latents, *(torch.zeros_like(t) for t in rows[:3])
+    weight = min(len(latents) / half, 1) / len(x)
+    if len(latents) <= DENSE_BELOW * k_aux:
+        sums = _dense(centred, err, rows, k_aux)
+    else:
+        sums = _sparse(centred, err, rows, k_aux, impl)
+    return sums.loss * weight, latents, *(grad.mul_(2 * weight) for grad in sums[1:])
 
 
 def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
@@ -139,18 +86,18 @@ def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
     return sums
 
 
-def _sparse(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
+def _sparse(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int, impl: Impl) -> _Sums:
     ranked, indices = select_topk(
-        x, rows.W_enc.t(), rows.b_enc, k_aux, rows.scale, floor=-torch.inf
+        x, rows.W_enc.t(), rows.b_enc, k_aux, rows.scale, signed=True, impl=impl
     )
     acts = ranked if rows.scale is None else ranked / rows.scale[indices.long()]
-    error = gather_sum(indices, acts, rows.W_dec).add_(err)
-    slopes = pair_dots(indices, error, rows.W_dec)
-    groups, n = group_by_latent(acts, indices, len(rows.b_enc)), len(rows.b_enc)
+    error = gather_sum(None, indices, acts, rows.W_dec, impl).add_(err)
+    slopes = pair_dots(None, indices, error, rows.W_dec, impl)
+    groups = group_by_latent(None, indices, acts, len(rows.b_enc))
     coef = slopes.reshape(-1)[groups.pairs]
     return _Sums(
         error.square().sum(),
-        PairGrad(groups, coef, x).block(0, n),
-        sum_pairs(groups, coef, len(x)),
-        PairGrad(groups, acts.reshape(-1)[groups.pairs], error).block(0, n),
+        segment_sum(groups, coef, x, impl),
+        segment_total(groups, coef, impl),
+        segment_sum(groups, acts.reshape(-1)[groups.pairs], error, impl),
     )

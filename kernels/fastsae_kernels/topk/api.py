@@ -13,6 +13,7 @@ def topk_encode(
     *,
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
+    W_compute: Tensor | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> SparseCode:
     """The k largest of relu(((x - b_pre) W_enc + b_enc) * scale), row by row.
@@ -28,7 +29,10 @@ def topk_encode(
         k: 1 <= k <= F.
         b_pre: [D], subtracted from x, or None.
         scale: [F] >= 0, multiplies the pre-activations (decoder norms), or None.
-        impl: `auto`, `eager` or `reference`.
+        W_compute: a copy of W_enc in a cheaper dtype to read instead; gradients go to W_enc.
+        impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself). Few latents or a
+            large k, less than k groups of 16 latents, take `eager` on any device: a selection that
+            keeps one in four latents has nothing to leave out.
 
     Returns:
         `SparseCode`: acts [..., k] in fp32 (fp64 for fp64 inputs) by value descending, lowest index
@@ -53,9 +57,15 @@ def topk_encode(
         check_shape("scale", scale, "[F]", (d_sae,))
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must be in [1, F] with F = {d_sae}, got {k}")
-    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale)
-    if resolve_impl(impl, x.device) is Impl.REFERENCE:
-        from fastsae_kernels.topk.reference import topk_encode as run
-    else:
-        from fastsae_kernels.topk.eager import topk_encode as run
-    return run(x, W_enc, b_enc, k, b_pre, scale)
+    if W_compute is not None:
+        check_float("W_compute", W_compute)
+        check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
+    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
+    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    if impl is Impl.REFERENCE:
+        from fastsae_kernels.topk.reference import topk_encode as reference
+
+        return reference(x, W_enc, b_enc, k, b_pre, scale)
+    from fastsae_kernels.topk.function import topk_encode as run
+
+    return run(x, W_enc, b_enc, k, b_pre, scale, W_compute, impl)

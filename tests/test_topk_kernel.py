@@ -1,0 +1,187 @@
+"""The three launches of the fused encode, on scores chosen to be hard for them."""
+
+import pytest
+import torch
+
+from fastsae_kernels import Impl, topk_encode
+from parity import DEVICE, lattice
+
+pytest.importorskip("triton")
+
+from fastsae_kernels.topk import kernel  # noqa: E402
+
+
+def encode_scores(scores, k, **kwargs):
+    """Encode rows whose pre-activations are exactly `scores` [B, F]: one-hot rows pick them."""
+    rows = torch.eye(len(scores), device=DEVICE)
+    bias = torch.zeros(scores.shape[1], device=DEVICE)
+    weight = scores.t().contiguous().t()  # one latent contiguous
+    return topk_encode(rows, weight, bias, k, impl=Impl.TRITON, **kwargs)
+
+
+def check_exact(scores, code):
+    """The multiset of values, that the indices are where the values are, and the order."""
+    exact = scores.relu()
+    assert torch.equal(code.acts, exact.topk(code.acts.shape[1], dim=1).values)
+    indices = code.indices.long()
+    assert torch.equal(exact.gather(1, indices), code.acts)
+    for row, values in zip(indices.tolist(), code.acts.tolist(), strict=True):
+        assert len(set(row)) == len(row)
+        pairs = list(zip(values, row, strict=True))
+        assert pairs == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+
+
+def families(F):
+    """Rows that are hard for a certificate by groups, one a family."""
+    ramp = torch.arange(F, device=DEVICE).float()
+    noise = torch.randn(F, device=DEVICE)
+    return torch.stack(
+        [
+            ramp,
+            F - ramp,
+            torch.where(ramp // 32 == 3, ramp, ramp / F),
+            torch.where(ramp % 8 == 3, ramp + F, ramp / F),
+            torch.ones_like(ramp),
+            torch.zeros_like(ramp),
+            -1 - ramp,
+            torch.where(ramp % 41 == 5, ramp, -ramp),
+            torch.randint(0, 4, (F,), device=DEVICE).float(),
+            torch.randint(-1, 2, (F,), device=DEVICE).float(),
+            noise,
+            noise.abs() * 1e-38,
+            torch.where(ramp >= F - 40, ramp, noise.abs()),
+            noise.repeat_interleave(2)[:F],
+            noise.clamp(max=0.5),
+            3e38 * noise.clamp(-1, 1),
+        ]
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+@pytest.mark.parametrize("F", [256, 517])
+def test_hard_rows_are_exact(F, k):
+    scores = families(F)
+    check_exact(scores, encode_scores(scores, k))
+
+
+@pytest.mark.parametrize("F", [1024, 1100])
+def test_large_groups_are_exact(F):
+    assert kernel.group_size(F, 4) == 64
+    scores = families(F)
+    check_exact(scores, encode_scores(scores, 4))
+
+
+def test_rows_longer_than_one_block_are_exact(monkeypatch):
+    monkeypatch.setattr(kernel, "MOST_RESIDENT", 16)
+    scores = families(700)
+    check_exact(scores, encode_scores(scores, 9))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("values", [[torch.inf, 1.0, torch.inf], [-torch.inf, 2.0, -1.0]])
+def test_infinite_scores_are_exact(values):
+    weight = torch.tensor(values, device=DEVICE).repeat(1, 40)
+    bias = torch.zeros(120, device=DEVICE)
+    code = topk_encode(torch.ones(2, 1, device=DEVICE), weight, bias, 5, impl=Impl.TRITON)
+    check_exact(weight.expand(2, -1), code)
+
+
+def test_signed_scores_are_exact():
+    scores = torch.cat([families(300), -families(300)])
+    rows = torch.eye(len(scores), device=DEVICE)
+    bias = torch.zeros(300, device=DEVICE)
+    acts, indices = kernel.select_topk(rows, scores, bias, 11, None, signed=True)
+    assert torch.equal(acts, scores.topk(11, dim=1).values)
+    assert torch.equal(scores.gather(1, indices.long()), acts)
+
+
+def test_at_most_half_of_k_groups_are_open_and_monotone_rows_reach_it():
+    k, F = 12, 800
+    scores = families(F)
+    rows, bias = torch.eye(len(scores), device=DEVICE), torch.zeros(F, device=DEVICE)
+    opened = []
+    original = kernel._merge_open_groups
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                opened.append(args[7].clone())
+                return original[grid](*args, **kwargs)
+
+            return launch
+
+    kernel._merge_open_groups = Spy()
+    try:
+        kernel.select_topk(rows, scores, bias, k, None, signed=False)
+    finally:
+        kernel._merge_open_groups = original
+    counts = opened[0]
+    assert counts.max() <= k // 2
+    assert counts[0] >= 1  # increasing rows hide winners behind the two largest of a group
+
+
+def random_rows(generator, n_rows, F):
+    """Rows of a random family each: magnitudes, ties, clusters, signs and gaps at random."""
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    base = torch.randn(n_rows, F, generator=generator) * 10 ** (6 * draw(n_rows, 1) - 3)
+    steps = 2 ** torch.randint(0, 6, (n_rows, 1), generator=generator)
+    tied = (base / base.abs().amax(1, keepdim=True) * steps).round()
+    ramp = torch.arange(F).float() * (draw(n_rows, 1) - 0.5)
+    stride = torch.randint(1, 33, (n_rows, 1), generator=generator)
+    comb = torch.where((torch.arange(F) + stride) % stride == 0, base.abs() + 1, base)
+    kind = torch.randint(0, 5, (n_rows, 1), generator=generator)
+    scores = torch.stack([base, tied, ramp, comb, base.clamp(max=0.0)])
+    return scores.gather(0, kind.expand(1, n_rows, F)).squeeze(0).to(DEVICE)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_search_finds_no_mismatch(seed):
+    """8 x 16 launches of 16 rows, each row a case of its own: 2,048 of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(16):
+        F = int(torch.randint(40, 400, (), generator=generator))
+        k = int(torch.randint(1, max(2, F // 16), (), generator=generator))
+        scores = random_rows(generator, 16, F)
+        check_exact(scores, encode_scores(scores, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_selects_by_fp32_sums(dtype):
+    x, weight = lattice(6, 48).to(dtype), lattice(48, 500).to(dtype)
+    bias = torch.randperm(500, device=DEVICE).float() * 2.0**-18
+    code = topk_encode(x, weight, bias, 9, impl=Impl.TRITON)
+    check_exact(x.float() @ weight.float() + bias, code)
+
+
+def test_strides_and_a_cheaper_copy_of_the_weights():
+    x, weight = lattice(5, 24).float(), lattice(24, 300).float()
+    bias = torch.randperm(300, device=DEVICE).float() * 2.0**-18
+    truth = topk_encode(x, weight, bias, 7, impl=Impl.REFERENCE)
+    spread = torch.zeros(5, 48, device=DEVICE)[:, ::2].copy_(x)
+    latents_contiguous = weight.t().contiguous().t()
+    for rows, matrix in ((spread, weight), (x, latents_contiguous)):
+        code = topk_encode(rows, matrix, bias, 7, impl=Impl.TRITON)
+        assert torch.equal(code.acts, truth.acts) and torch.equal(code.indices, truth.indices)
+    code = topk_encode(x, weight, bias, 7, W_compute=weight.bfloat16(), impl=Impl.TRITON)
+    assert torch.equal(code.acts, truth.acts) and torch.equal(code.indices, truth.indices)
+
+
+def test_same_bits_twice():
+    x, weight = torch.randn(20, 40, device=DEVICE), torch.randn(40, 600, device=DEVICE)
+    bias = torch.randn(600, device=DEVICE)
+    first, second = (topk_encode(x, weight, bias, 8, impl=Impl.TRITON) for _ in range(2))
+    assert torch.equal(first.acts, second.acts) and torch.equal(first.indices, second.indices)
+
+
+def test_no_rows():
+    code = topk_encode(
+        torch.zeros(0, 8, device=DEVICE),
+        torch.zeros(8, 64, device=DEVICE),
+        torch.zeros(64, device=DEVICE),
+        3,
+        impl=Impl.TRITON,
+    )
+    assert code.acts.shape == code.indices.shape == (0, 3)
