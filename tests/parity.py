@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastsae_kernels import Impl
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the kernels run: on a GPU, or in Triton's interpreter."""
+
 SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """What an implementation's relative error may be above the reference's own."""
 
@@ -42,12 +45,12 @@ SHAPES = [
 
 def lattice(*shape: int, steps: int = 8) -> Tensor:
     """Multiples of 1/8 in [-1, 1], exact in every dtype down to bf16."""
-    return torch.randint(-steps, steps + 1, shape).double() / steps
+    return torch.randint(-steps, steps + 1, shape, device=DEVICE).double() / steps
 
 
 def weights(shape: Shape) -> Inputs:
     """An SAE's inputs in fp64; b_enc makes every score of a row distinct."""
-    order = torch.randperm(shape.F).double()
+    order = torch.randperm(shape.F, device=DEVICE).double()
     return {
         "x": lattice(shape.B, shape.D),
         "W_enc": lattice(shape.F, shape.D).t(),
@@ -83,19 +86,21 @@ def outputs_and_gradients(losses: Losses, inputs: Inputs, impl: Impl) -> dict[st
     return results
 
 
-def check_parity(losses: Losses, inputs: Inputs, dtypes: dict[str, torch.dtype]) -> None:
-    """Hold `eager` to the reference at fp64, output by output and gradient by gradient."""
+def check_parity(
+    losses: Losses, inputs: Inputs, dtypes: dict[str, torch.dtype], impl: Impl = Impl.EAGER
+) -> None:
+    """Hold `impl` to the reference at fp64, output by output and gradient by gradient."""
     cast = {
         k: torch.empty_like(v, dtype=dtypes.get(k, v.dtype)).copy_(v) for k, v in inputs.items()
     }
     slack = max(SLACK[t.dtype] for t in cast.values())
     truth = outputs_and_gradients(losses, inputs, Impl.REFERENCE)
     reference = outputs_and_gradients(losses, cast, Impl.REFERENCE)
-    eager = outputs_and_gradients(losses, cast, Impl.EAGER)
-    assert eager.keys() == truth.keys()
+    found = outputs_and_gradients(losses, cast, impl)
+    assert found.keys() == truth.keys()
     for name, exact in truth.items():
         allowed = relative_error(reference[name], exact) + slack
-        error = relative_error(eager[name], exact)
+        error = relative_error(found[name], exact)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 

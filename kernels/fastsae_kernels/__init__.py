@@ -9,6 +9,7 @@ from fastsae_kernels._workspace import DEFAULT_WORKSPACE as DEFAULT_WORKSPACE
 from fastsae_kernels._workspace import release_scratch as release_scratch
 from fastsae_kernels._workspace import workspace as workspace
 from fastsae_kernels.auxk import aux_topk as aux_topk
+from fastsae_kernels.batch_topk import batch_topk_encode as batch_topk_encode
 from fastsae_kernels.code import LatentGroups as LatentGroups
 from fastsae_kernels.code import RaggedCode as RaggedCode
 from fastsae_kernels.code import SparseCode as SparseCode

@@ -48,3 +48,13 @@ def check_code(acts: Tensor, indices: Tensor) -> None:
             "acts and indices must have the same shape [..., K], "
             f"got {list(acts.shape)} and {list(indices.shape)}"
         )
+
+
+def check_decoder(W_dec: Tensor, b_dec: Tensor | None) -> None:
+    """W_dec [F, D], or [F, T, D] for T targets, and b_dec of one of its rows' shape."""
+    check_float("W_dec", W_dec)
+    if W_dec.ndim not in (2, 3):
+        raise ValueError(f"W_dec must have shape [F, D] or [F, T, D], got {list(W_dec.shape)}")
+    if b_dec is not None:
+        check_float("b_dec", b_dec)
+        check_shape("b_dec", b_dec, "[D]" if W_dec.ndim == 2 else "[T, D]", tuple(W_dec.shape[1:]))

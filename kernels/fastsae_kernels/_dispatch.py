@@ -1,7 +1,10 @@
 """Which implementation of an op runs."""
 
+import importlib.util
+import os
 from collections.abc import Collection
 from enum import Enum
+from functools import cache
 
 import torch
 
@@ -15,27 +18,57 @@ class Impl(str, Enum):
     REFERENCE = "reference"
 
 
+@cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def resolve_impl(
     impl: Impl | str,
     device: torch.device,
-    available: Collection[Impl] = (Impl.EAGER, Impl.REFERENCE),
+    available: Collection[Impl] = (Impl.TRITON, Impl.EAGER, Impl.REFERENCE),
+    dtypes: Collection[torch.dtype] = (),
 ) -> Impl:
     """The implementation that runs: never `AUTO`, and never another than the one asked for.
 
+    Args:
+        impl: what the caller asked for.
+        device: where the op's tensors are.
+        available: what the op has.
+        dtypes: of the op's tensors; the kernels take no fp64.
+
     Raises:
         ValueError: `impl` is not an `Impl`.
-        RuntimeError: the op has no such implementation.
+        RuntimeError: the op has no such implementation, or it cannot run here.
+        TypeError: the kernels were asked for and a tensor is fp64.
     """
     names = [choice.value for choice in Impl]
     if str(getattr(impl, "value", impl)) not in names:
         raise ValueError(f"impl must be one of {names}, got {impl!r}")
     impl = Impl(impl)
     if impl is Impl.AUTO:
-        on_gpu = device.type == "cuda" and Impl.TRITON in available
-        return Impl.TRITON if on_gpu else Impl.EAGER
+        kernels = Impl.TRITON in available and device.type == "cuda" and triton_installed()
+        return Impl.TRITON if kernels and torch.float64 not in dtypes else Impl.EAGER
     if impl not in available:
         have = [choice.value for choice in available]
         raise RuntimeError(
             f"impl must be one of {have} for this op, got {impl.value!r}; impl='auto' always runs"
         )
+    if impl is Impl.TRITON:
+        if not triton_installed():
+            raise RuntimeError("impl='triton' needs the package triton; pip install triton")
+        if device.type != "cuda" and not interpreted():
+            raise RuntimeError(
+                f"impl='triton' needs tensors on a GPU, got {device}; use impl='auto', or set "
+                "TRITON_INTERPRET=1 before Python starts to run the kernels in the interpreter"
+            )
+        if torch.float64 in dtypes:
+            raise TypeError(
+                "impl='triton' takes float16, bfloat16 and float32, got float64; use impl='eager'"
+            )
     return impl

@@ -11,10 +11,12 @@ rows at a time, or to be written out as an ordinary dense gradient.
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastsae_kernels._dispatch import Impl
 from fastsae_kernels.code import LatentGroups
+from fastsae_kernels.grouping import ops
+from fastsae_kernels.grouping.eager import segment_sum
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,9 @@ class PairGrad:
     def block(self, start: int, stop: int) -> Tensor:
         """[stop - start, D]: the gradient of these rows, summed in a fixed order."""
         first, last = int(self.groups.offsets[start]), int(self.groups.offsets[stop])
-        return F.embedding_bag(
-            self.groups.rows[first:last],
-            self.operand,
-            self.groups.offsets[start : stop + 1] - first,
-            per_sample_weights=self.coef[first:last],
-            mode="sum",
-            include_last_offset=True,
-        )
+        rows = self.groups.rows[first:last]
+        part = LatentGroups(rows, rows, self.groups.offsets[start : stop + 1] - first)
+        return segment_sum(part, self.coef[first:last], self.operand)
 
     def touched(self) -> "PairGrad":
         """The same gradient without the rows that are zero because their latent has no pair."""
@@ -104,16 +101,29 @@ def row_grads_of(weight: Tensor) -> list[RowGrad] | None:
     return getattr(weight, "row_grads", None)
 
 
-def emit(sink: list[RowGrad] | None, grad: RowGrad, n_rows: int) -> Tensor | None:
-    """Hand `grad` to the row optimizer's list if there is one, else write it out as [F, D]."""
+def emit_pairs(
+    sink: list[RowGrad] | None, groups: LatentGroups, coef: Tensor, operand: Tensor, impl: Impl
+) -> Tensor | None:
+    """Hand the pairs to the row optimizer's list if there is one, else sum them to [F, D]."""
     if sink is None:
-        return grad.block(0, n_rows)
-    sink.append(grad)
+        return ops.segment_sum(groups, coef, operand, impl)
+    sink.append(PairGrad(groups, coef, operand))
     return None
 
 
-def sum_pairs(groups: LatentGroups, coef: Tensor, n_rows: int) -> Tensor:
-    """[F]: the sum of `coef` over each latent's pairs, in a fixed order."""
-    ones = coef.new_ones(n_rows, 1)
-    grad = PairGrad(groups, coef, ones)
-    return grad.block(0, groups.offsets.numel() - 1).squeeze(1)
+def emit_rows(
+    sink: list[RowGrad] | None, latents: Tensor, values: Tensor, n_rows: int
+) -> Tensor | None:
+    """The same for a gradient [n, D] of some latents' rows [n]."""
+    if sink is None:
+        return values.new_zeros(n_rows, values.shape[1]).index_copy(0, latents, values)
+    sink.append(SubsetGrad(latents, values))
+    return None
+
+
+def emit_dense(sink: list[RowGrad] | None, values: Tensor) -> Tensor | None:
+    """The same for a gradient [F, D] that is dense already."""
+    if sink is None:
+        return values
+    sink.append(DenseGrad(values))
+    return None

@@ -45,15 +45,32 @@ class RaggedCode(NamedTuple):
     indices: Tensor
     """[nnz] int32, ascending within a row."""
     acts: Tensor
-    """[nnz] fp32 (fp64 for fp64 inputs), none of them 0."""
+    """[nnz] fp32 (fp64 for fp64 inputs)."""
+    groups: LatentGroups | None = None
+    """The same pairs by latent, when the encoder made them for its backward."""
 
     def rows(self) -> Tensor:
         """[nnz] int32: the row of each entry."""
-        n_rows = self.row_offsets.numel() - 1
-        ids = torch.arange(n_rows, device=self.acts.device, dtype=torch.int32)
-        return ids.repeat_interleave(self.row_offsets.diff())
+        return entry_rows(self.row_offsets, self.indices)
 
     def to_dense(self, d_sae: int) -> Tensor:
         """[B, F]: the code as every other tool expects it."""
         dense = self.acts.new_zeros(self.row_offsets.numel() - 1, d_sae)
         return dense.index_put((self.rows().long(), self.indices.long()), self.acts)
+
+
+def entry_rows(row_offsets: Tensor | None, indices: Tensor) -> Tensor:
+    """Rows of a flattened code's entries: [B, 1] for indices [B, K], [nnz] for ragged ones."""
+    n_rows = len(indices) if row_offsets is None else row_offsets.numel() - 1
+    rows = torch.arange(n_rows, device=indices.device, dtype=torch.int32)
+    if row_offsets is None:
+        return rows.unsqueeze(1)
+    return rows.repeat_interleave(row_offsets.diff(), output_size=indices.numel())
+
+
+def flattened(code: SparseCode | RaggedCode) -> tuple[Tensor | None, Tensor, Tensor]:
+    """row_offsets, indices, acts: None and [B, K] twice, or [B + 1] and [nnz] twice."""
+    if isinstance(code, RaggedCode):
+        return code.row_offsets, code.indices, code.acts
+    n_slots = code.indices.shape[-1]
+    return None, code.indices.reshape(-1, n_slots), code.acts.reshape(-1, n_slots)

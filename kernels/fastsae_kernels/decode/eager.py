@@ -1,73 +1,63 @@
-from typing import Any
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastsae_kernels._row_grads import PairGrad, RowGrad, emit, row_grads_of
-from fastsae_kernels._sddmm import pair_dots
-from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode
-from fastsae_kernels.grouping.eager import group_by_latent
+from fastsae_kernels._workspace import workspace_bytes
+from fastsae_kernels.code import entry_rows
 
-
-def gather_sum(indices: Tensor, acts: Tensor, weight: Tensor) -> Tensor:
-    """[B, D]: sum_k acts[b, k] weight[indices[b, k]]; `embedding_bag` is twice as fast in int32."""
-    return F.embedding_bag(indices.int(), weight, per_sample_weights=acts, mode="sum")
+with warnings.catch_warnings():
+    # torch says once a process that CSR tensors are in beta; say it here, to nobody.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.zeros(1, 1).to_sparse_csr()
 
 
-def ragged_decode(code: RaggedCode, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        wide = torch.promote_types(code.acts.dtype, W_dec.dtype)
-        x_hat = F.embedding_bag(
-            code.indices,
-            W_dec.to(wide),
-            code.row_offsets,
-            per_sample_weights=code.acts.to(wide),
-            mode="sum",
-            include_last_offset=True,
-        )
-        return x_hat if b_dec is None else x_hat + b_dec
-
-
-def sparse_decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    wide = torch.promote_types(code.acts.dtype, W_dec.dtype)
-    n_slots = code.indices.shape[-1]
-    x_hat = _SparseDecode.apply(
-        code.acts.reshape(-1, n_slots).to(wide),
-        code.indices.reshape(-1, n_slots),
-        W_dec.to(wide),
-        code.groups,
-        row_grads_of(W_dec),
+def gather_sum(row_offsets: Tensor | None, indices: Tensor, acts: Tensor, weight: Tensor) -> Tensor:
+    # `embedding_bag` is twice as fast over int32.
+    return F.embedding_bag(
+        indices.int(),
+        weight.to(acts.dtype),
+        row_offsets,
+        per_sample_weights=acts,
+        mode="sum",
+        include_last_offset=row_offsets is not None,
     )
-    assert isinstance(x_hat, Tensor)
-    x_hat = x_hat.reshape(*code.acts.shape[:-1], W_dec.shape[1])
-    return x_hat if b_dec is None else x_hat + b_dec
 
 
-class _SparseDecode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        acts: Tensor,
-        indices: Tensor,
-        W_dec: Tensor,
-        groups: LatentGroups | None,
-        sink: list[RowGrad] | None,
-    ) -> Tensor:
-        ctx.save_for_backward(acts, indices, W_dec)
-        ctx.groups, ctx.sink = groups, sink
-        return gather_sum(indices, acts, W_dec)
+def pair_dots(row_offsets: Tensor | None, indices: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    products = _sampled_products if rows.device.type == "cpu" else _gathered_products
+    return products(row_offsets, indices, rows, weight)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        acts, indices, W_dec = ctx.saved_tensors
-        g = g.contiguous()
-        d_acts = pair_dots(indices, g, W_dec) if ctx.needs_input_grad[0] else None
-        d_W_dec = None
-        if ctx.needs_input_grad[2]:
-            groups = ctx.groups or group_by_latent(acts, indices, W_dec.shape[0])
-            coef = acts.reshape(-1)[groups.pairs]
-            d_W_dec = emit(ctx.sink, PairGrad(groups, coef, g), W_dec.shape[0])
-        return d_acts, None, d_W_dec, None, None
+
+def _gathered_products(
+    row_offsets: Tensor | None, indices: Tensor, rows: Tensor, weight: Tensor
+) -> Tensor:
+    flat = indices.reshape(-1)
+    owners = entry_rows(row_offsets, indices).expand_as(indices).reshape(-1)
+    block = max(1, workspace_bytes() // (3 * rows.shape[1] * rows.element_size()))
+    parts = [
+        torch.linalg.vecdot(weight[j.long()].to(rows.dtype), rows[b.long()])
+        for j, b in zip(flat.split(block), owners.split(block), strict=True)
+    ]
+    return torch.cat(parts).view_as(indices)
+
+
+def _sampled_products(
+    row_offsets: Tensor | None, indices: Tensor, rows: Tensor, weight: Tensor
+) -> Tensor:
+    """A product sampled at a CSR pattern: on a CPU in the time of the decode."""
+    if row_offsets is None:
+        row_offsets = torch.arange(
+            0, indices.numel() + 1, max(1, indices.shape[1]), dtype=torch.int32
+        )
+    pattern = torch.sparse_csr_tensor(
+        row_offsets,
+        indices.int().reshape(-1),
+        rows.new_zeros(indices.numel()),
+        (len(rows), weight.shape[0]),
+        check_invariants=False,
+    )
+    products = torch.sparse.sampled_addmm(pattern, rows, weight.to(rows.dtype).t(), beta=0.0)
+    return products.values().view_as(indices)

@@ -4,13 +4,13 @@ from torch import Tensor
 
 from fastsae_kernels._checks import (
     check_code,
+    check_decoder,
     check_float,
-    check_rows,
     check_same_device,
     check_shape,
 )
 from fastsae_kernels._dispatch import Impl, resolve_impl
-from fastsae_kernels.code import SparseCode
+from fastsae_kernels.code import RaggedCode, SparseCode
 
 
 class MSEL1(NamedTuple):
@@ -26,11 +26,13 @@ class MSEL1(NamedTuple):
 
 def mse_l1_loss(
     x: Tensor,
-    code: SparseCode,
+    code: SparseCode | RaggedCode,
     W_dec: Tensor,
     b_dec: Tensor,
     l1_weight: Tensor | None = None,
     *,
+    row_weight: Tensor | None = None,
+    W_compute: Tensor | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> MSEL1:
     """Decode a sparse code and measure it: mse = mean_b |x_hat - x|^2, l1 = mean_b sum_k |acts| w.
@@ -41,12 +43,15 @@ def mse_l1_loss(
     reach code.acts, W_dec, b_dec and l1_weight; x is a constant.
 
     Args:
-        x: [..., D] targets (D is W_dec's, which need not be the encoder's).
-        code: acts and indices [..., K].
-        W_dec: [F, D].
-        b_dec: [D].
+        x: [..., D] targets (D is W_dec's, which need not be the encoder's), or [..., T, D].
+        code: acts and indices [..., K], or a ragged code of B rows.
+        W_dec: [F, D], or [F, T, D] for T targets, whose errors are summed like those of D.
+        b_dec: [D] or [T, D].
         l1_weight: [F], usually the norms of W_dec's rows, or None for ones.
-        impl: `auto`, `eager` or `reference`.
+        row_weight: [...] >= 0, a constant: each mean over rows becomes
+            sum_b row_weight_b (.)_b / sum_b row_weight_b. A mask leaves rows out. None: ones.
+        W_compute: a copy of W_dec in a cheaper dtype to read instead; gradients go to W_dec.
+        impl: `auto`, `triton`, `eager` or `reference` (which reads W_dec itself).
 
     Returns:
         `MSEL1(mse, l1, err)` in the dtype of `code.acts`.
@@ -55,21 +60,35 @@ def mse_l1_loss(
         ValueError: a shape or a device breaks the rule it names.
         TypeError: a dtype does.
     """
-    check_float("W_dec", W_dec)
-    check_shape("W_dec", W_dec, "[F, D]", (None, None))
-    check_rows("x", x, W_dec.shape[1])
-    check_shape("b_dec", b_dec, "[D]", (W_dec.shape[1],))
+    check_decoder(W_dec, b_dec)
+    check_float("x", x)
     check_code(code.acts, code.indices)
-    if x.shape[:-1] != code.acts.shape[:-1]:
-        raise ValueError(
-            "x and code.acts must have the same leading shape, "
-            f"got {list(x.shape[:-1])} and {list(code.acts.shape[:-1])}"
-        )
+    ragged = isinstance(code, RaggedCode)
+    lead = (len(code.row_offsets) - 1,) if ragged else tuple(code.acts.shape[:-1])
+    letters = "[B, D]" if ragged else "[..., D]"
+    if W_dec.ndim == 3:
+        letters = letters.replace("D", "T, D")
+    check_shape("x", x, f"{letters} with code's leading shape", (*lead, *W_dec.shape[1:]))
     if l1_weight is not None:
         check_shape("l1_weight", l1_weight, "[F]", (W_dec.shape[0],))
-    check_same_device(x=x, acts=code.acts, W_dec=W_dec, b_dec=b_dec, l1_weight=l1_weight)
-    if resolve_impl(impl, x.device) is Impl.REFERENCE:
-        from fastsae_kernels.loss.reference import mse_l1_loss as run
-    else:
-        from fastsae_kernels.loss.eager import mse_l1_loss as run
-    return MSEL1(*run(x, code, W_dec, b_dec, l1_weight))
+    if row_weight is not None:
+        check_shape("row_weight", row_weight, "x's leading shape", lead)
+    if W_compute is not None:
+        check_shape("W_compute", W_compute, "W_dec's", tuple(W_dec.shape))
+    check_same_device(
+        x=x,
+        acts=code.acts,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        l1_weight=l1_weight,
+        row_weight=row_weight,
+        W_compute=W_compute,
+    )
+    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, code.acts.dtype, W_dec.dtype))
+    if impl is Impl.REFERENCE:
+        from fastsae_kernels.loss.reference import mse_l1_loss as reference
+
+        return MSEL1(*reference(x, code, W_dec, b_dec, l1_weight, row_weight))
+    from fastsae_kernels.loss.function import mse_l1_loss as run
+
+    return MSEL1(*run(x, code, W_dec, b_dec, l1_weight, row_weight, W_compute, impl))

@@ -1,14 +1,23 @@
 import torch
 from torch import Tensor
 
-from fastsae_kernels.code import SparseCode
+from fastsae_kernels.code import RaggedCode, SparseCode
 
 
 def mse_l1_loss(
-    x: Tensor, code: SparseCode, W_dec: Tensor, b_dec: Tensor, l1_weight: Tensor | None
+    x: Tensor,
+    code: SparseCode | RaggedCode,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_weight: Tensor | None,
+    row_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(code.acts.dtype, torch.float32)
     acts = code.to_dense(W_dec.shape[0]).to(wide)
-    err = acts @ W_dec.to(wide) + b_dec.to(wide) - x.detach().to(wide)
+    x_hat = acts @ W_dec.flatten(1).to(wide) + b_dec.flatten().to(wide)
+    err = x_hat - x.detach().reshape(x_hat.shape).to(wide)
     weighted = acts.abs() if l1_weight is None else acts.abs() * l1_weight.to(wide)
-    return err.square().sum(-1).mean(), weighted.sum(-1).mean(), err.detach()
+    rows = torch.ones_like(err[..., 0]) if row_weight is None else row_weight.to(wide)
+    share = rows / rows.sum()
+    mse, l1 = (err.square().sum(-1) * share).sum(), (weighted.sum(-1) * share).sum()
+    return mse, l1, err.detach().reshape(x.shape)

@@ -6,45 +6,17 @@ from fastsae_kernels._checks import check_float, check_rows, check_same_device, 
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode
 
+AVAILABLE = (Impl.EAGER, Impl.REFERENCE)
 
-def threshold_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    *,
-    threshold: float = 0.0,
-    b_pre: Tensor | None = None,
-    impl: Impl | str = Impl.AUTO,
-) -> RaggedCode:
-    """Every value of (x - b_pre) W_enc + b_enc above `threshold` >= 0, row by row.
 
-    A ReLU code for threshold 0. The number of values is only known once they are: on a GPU this
-    waits for the device once a block of rows. Not differentiable; a ReLU SAE is trained through
-    `relu_l1_loss`. NaN counts as above.
+class JumpReLUCode(NamedTuple):
+    """A JumpReLU code for training, and how many latents are active."""
 
-    Args:
-        x: [B, D] rows.
-        W_enc, b_enc, b_pre: as in `topk_encode`.
-        threshold: the smallest value that is left out.
-        impl: `auto`, `eager` or `reference`.
-
-    Returns:
-        `RaggedCode` of B rows.
-
-    Raises:
-        ValueError: a shape, a device or the threshold breaks the rule it names.
-        TypeError: a dtype does.
-    """
-    _check(x, W_enc, b_enc, b_pre)
-    if x.ndim != 2:
-        raise ValueError(f"x must have shape [B, D], got {list(x.shape)}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}")
-    if resolve_impl(impl, x.device) is Impl.REFERENCE:
-        from fastsae_kernels.threshold.reference import threshold_encode as run
-    else:
-        from fastsae_kernels.threshold.eager import threshold_encode as run
-    return run(x, W_enc, b_enc, threshold, b_pre)
+    code: RaggedCode
+    """The active pairs, and with acts of 0 the pairs of the band below their threshold."""
+    l0: Tensor
+    """[B]: active latents of each row, in the dtype of the acts; its gradient is the threshold's
+    straight-through one."""
 
 
 class ReLUL1(NamedTuple):
@@ -60,6 +32,119 @@ class ReLUL1(NamedTuple):
     """[..., D]: x_hat - x, detached."""
     counts: Tensor
     """[F] int64: on how many rows each latent fired."""
+
+
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    W_compute: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> RaggedCode:
+    """Every z = ((x - b_pre) W_enc + b_enc) * scale above its latent's threshold, row by row.
+
+    A ReLU code for threshold 0, a JumpReLU code for one threshold a latent. NaN counts as above.
+    The number of entries is only known once they are counted: on a GPU the host waits for the
+    device, `eager` once a block of rows. A code that is nearly dense costs more than the dense
+    tensor; a ReLU SAE is trained through `relu_l1_loss`.
+
+    Args:
+        x: [B, D] rows.
+        W_enc, b_enc, b_pre, scale, W_compute: as in `topk_encode`.
+        threshold: >= 0, one number (a float or 0-dim) or [F]: the largest value that is left out.
+            A constant here, and as a tensor not checked; `jumprelu_encode` trains it.
+        impl: `auto`, `eager` or `reference` (which reads W_enc itself).
+
+    Returns:
+        `RaggedCode` of B rows. Gradients flow from `acts` to x, W_enc, b_enc, b_pre and scale.
+
+    Raises:
+        ValueError: a shape, a device or the threshold breaks the rule it names.
+        TypeError: a dtype does.
+    """
+    _check_encoder(x, W_enc, b_enc, b_pre)
+    check_shape("x", x, "[B, D]", (None, W_enc.shape[0]))
+    if scale is not None:
+        check_float("scale", scale)
+        check_shape("scale", scale, "[F]", (W_enc.shape[1],))
+    _check_compute_copy(W_compute, W_enc)
+    check_same_device(x=x, scale=scale, W_compute=W_compute)
+    if isinstance(threshold, Tensor):
+        check_float("threshold", threshold)
+        if threshold.ndim != 0:
+            check_shape("threshold", threshold, "[F]", (W_enc.shape[1],))
+        check_same_device(x=x, threshold=threshold)
+    elif not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    impl = resolve_impl(impl, x.device, AVAILABLE, (x.dtype, W_enc.dtype))
+    if impl is Impl.REFERENCE:
+        from fastsae_kernels.threshold.reference import threshold_encode as reference
+
+        return reference(x, W_enc, b_enc, threshold, b_pre, scale)
+    from fastsae_kernels.threshold.function import threshold_encode as run
+
+    return run(x, W_enc, b_enc, threshold, b_pre, scale, W_compute, impl)
+
+
+def jumprelu_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    *,
+    b_pre: Tensor | None = None,
+    W_compute: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> JumpReLUCode:
+    """acts = z H(z - threshold) with z = (x - b_pre) W_enc + b_enc, for training the threshold.
+
+    With H the step function and l0_b = sum_j H(z_bj - threshold_j). The step's derivative is taken
+    over a band around it: where |z - threshold| < bandwidth / 2,
+
+        d acts / d threshold = -threshold / bandwidth        d l0 / d threshold = -1 / bandwidth
+
+    and 0 elsewhere; d acts / d z = H and d l0 / d z = 0. Rajamanoharan et al. 2024 (arXiv
+    2407.14435), as SAELens 6 has it. The code holds the active pairs and those of the band, which
+    is what the gradients need: a loss sum_b f(acts_b) + c l0_b is trained as it is written. Counting
+    waits for the device as in `threshold_encode`, which is the encode for inference.
+
+    Args:
+        x: [B, D] rows.
+        W_enc, b_enc, b_pre, W_compute: as in `topk_encode`.
+        threshold: [F] >= 0, which is not checked.
+        bandwidth: width of the band, above 0.
+        impl: `auto`, `eager` or `reference` (which reads W_enc itself).
+
+    Returns:
+        `JumpReLUCode(code, l0)`. Gradients flow from `code.acts` to x, W_enc, b_enc and b_pre
+        over the active pairs, and from `code.acts` and `l0` to `threshold` over the band's.
+        `code.groups` are of the active pairs.
+
+    Raises:
+        ValueError: a shape, a device or the bandwidth breaks the rule it names.
+        TypeError: a dtype does.
+    """
+    _check_encoder(x, W_enc, b_enc, b_pre)
+    check_shape("x", x, "[B, D]", (None, W_enc.shape[0]))
+    _check_compute_copy(W_compute, W_enc)
+    check_float("threshold", threshold)
+    check_shape("threshold", threshold, "[F]", (W_enc.shape[1],))
+    check_same_device(x=x, threshold=threshold, W_compute=W_compute)
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
+    impl = resolve_impl(impl, x.device, AVAILABLE, (x.dtype, W_enc.dtype))
+    if impl is Impl.REFERENCE:
+        from fastsae_kernels.threshold.reference import jumprelu_encode as reference
+
+        return JumpReLUCode(*reference(x, W_enc, b_enc, threshold, bandwidth, b_pre))
+    from fastsae_kernels.threshold.function import jumprelu_encode as run
+
+    return JumpReLUCode(*run(x, W_enc, b_enc, threshold, bandwidth, b_pre, W_compute, impl))
 
 
 def relu_l1_loss(
@@ -95,25 +180,33 @@ def relu_l1_loss(
         ValueError: a shape, a device or `lp_norm` breaks the rule it names.
         TypeError: a dtype does.
     """
-    _check(x, W_enc, b_enc, b_pre)
+    _check_encoder(x, W_enc, b_enc, b_pre)
     check_float("W_dec", W_dec)
     check_shape("W_dec", W_dec, "[F, D]", (W_enc.shape[1], x.shape[-1]))
     check_shape("b_dec", b_dec, "[D]", (W_dec.shape[1],))
     check_same_device(x=x, W_dec=W_dec, b_dec=b_dec)
     if not lp_norm > 0:
         raise ValueError(f"lp_norm must be above 0, got {lp_norm}")
-    if resolve_impl(impl, x.device) is Impl.REFERENCE:
+    if resolve_impl(impl, x.device, AVAILABLE) is Impl.REFERENCE:
         from fastsae_kernels.threshold.reference import relu_l1_loss as run
     else:
-        from fastsae_kernels.threshold.eager import relu_l1_loss as run
+        from fastsae_kernels.threshold.function import relu_l1_loss as run
     return ReLUL1(*run(x, W_enc, b_enc, W_dec, b_dec, l1_coefficient, lp_norm, b_pre))
 
 
-def _check(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor | None) -> None:
+def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor | None) -> None:
     check_float("W_enc", W_enc)
     check_shape("W_enc", W_enc, "[D, F]", (None, None))
     check_rows("x", x, W_enc.shape[0])
+    check_float("b_enc", b_enc)
     check_shape("b_enc", b_enc, "[F]", (W_enc.shape[1],))
     if b_pre is not None:
+        check_float("b_pre", b_pre)
         check_shape("b_pre", b_pre, "[D]", (W_enc.shape[0],))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
+
+
+def _check_compute_copy(W_compute: Tensor | None, W_enc: Tensor) -> None:
+    if W_compute is not None:
+        check_float("W_compute", W_compute)
+        check_shape("W_compute", W_compute, "W_enc's", tuple(W_enc.shape))

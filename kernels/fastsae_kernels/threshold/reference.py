@@ -5,13 +5,35 @@ from fastsae_kernels.code import RaggedCode
 
 
 def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: float, b_pre: Tensor | None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: float | Tensor,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
 ) -> RaggedCode:
-    with torch.no_grad():
-        pre_acts = _pre_acts(x, W_enc, b_enc, b_pre)
-    above = (pre_acts <= threshold).logical_not()
-    offsets = torch.cat([above.new_zeros(1), above.sum(1)]).cumsum(0)
-    return RaggedCode(offsets.int(), above.nonzero()[:, 1].int(), pre_acts[above])
+    z = _pre_acts(x, W_enc, b_enc, b_pre)
+    z = z if scale is None else z * scale.to(z.dtype)
+    limit = threshold.detach().to(z.dtype) if isinstance(threshold, Tensor) else threshold
+    return _kept(z, (z <= limit).logical_not())
+
+
+def jumprelu_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    b_pre: Tensor | None,
+) -> tuple[RaggedCode, Tensor]:
+    z = _pre_acts(x, W_enc, b_enc, b_pre)
+    theta = threshold.to(z.dtype)
+    above = (z <= theta).logical_not()
+    band = ((z - theta).abs() / bandwidth < 0.5).detach()
+    # Of value 0, and the threshold's straight-through gradient.
+    slope = band * (theta - theta.detach()) / bandwidth
+    acts = torch.where(above, z, 0) - theta.detach() * slope
+    return _kept(acts, above | band), (above.to(z.dtype) - slope).sum(1)
 
 
 def relu_l1_loss(
@@ -36,3 +58,8 @@ def _pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor | None) -> 
     wide = torch.promote_types(x.dtype, torch.float32)
     centred = x.to(wide) if b_pre is None else x.to(wide) - b_pre.to(wide)
     return centred @ W_enc.to(wide) + b_enc.to(wide)
+
+
+def _kept(acts: Tensor, kept: Tensor) -> RaggedCode:
+    offsets = torch.cat([kept.new_zeros(1), kept.sum(1)]).cumsum(0)
+    return RaggedCode(offsets.int(), kept.nonzero()[:, 1].int(), acts[kept])

@@ -39,9 +39,17 @@ class Tile(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """128 of a thread let two programs of 8 warps share a multiprocessor: one's epilogue runs
+    under the other's product."""
 
 
-HALF_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4))
+HALF_TILES = (
+    Tile(128, 256, 64, 8, 3),
+    Tile(64, 256, 64, 8, 2, 128),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 4),
+)
 FLOAT_TILES = (Tile(64, 128, 16, 8, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3))
 
 
@@ -76,7 +84,7 @@ def _values(keys):
 def _group_top2(
     x,
     W_enc,
-    b_enc,
+    offset,
     scale,
     first_keys,
     first_members,
@@ -137,10 +145,10 @@ def _group_top2(
             right += DEPTH * stride_d
 
     inside = columns < d_sae
-    pre_acts = products + tl.load(b_enc + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if SCALED:
-        pre_acts *= tl.load(scale + columns, mask=inside, other=1.0).to(tl.float32)[None, :]
-    keys = _keys(pre_acts, SIGNED)
+        products *= tl.load(scale + columns, mask=inside, other=1.0)[None, :]
+    products += tl.load(offset + columns, mask=inside, other=0.0)[None, :]
+    keys = _keys(products, SIGNED)
     if not EVEN:
         keys = tl.where(columns[None, :] < d_sae, keys, LOWEST)
     # Members of a group are a stride apart, so that a thread holds whole groups.
@@ -295,7 +303,7 @@ def _larger(others, entries):
 def _merge_open_groups(
     x,
     W_enc,
-    b_enc,
+    offset,
     scale,
     entries,
     spare,
@@ -363,10 +371,11 @@ def _merge_open_groups(
             )
             # Rounded like the operands of `_group_top2`.
             sums += weights.to(PRODUCT).to(tl.float32) * row.to(tl.float32)[:, None, :]
-        pre_acts = tl.sum(sums, 2) + tl.load(b_enc + columns, mask=inside, other=0.0)
+        products = tl.sum(sums, 2)
         if SCALED:
-            pre_acts *= tl.load(scale + columns, mask=inside, other=1.0)
-        keys = _keys(pre_acts, SIGNED)
+            products *= tl.load(scale + columns, mask=inside, other=1.0)
+        products += tl.load(offset + columns, mask=inside, other=0.0)
+        keys = _keys(products, SIGNED)
         found = tl.where(inside, _entry(keys, columns), NO_ENTRY)
 
         rank = _larger(found, found)
@@ -419,7 +428,7 @@ def choose_tile(x: Tensor) -> Tile:
 def group_top2(
     x: Tensor,
     W_enc: Tensor,
-    b_enc: Tensor,
+    offset: Tensor,
     size: int,
     scale: Tensor | None,
     signed: bool,
@@ -438,8 +447,8 @@ def group_top2(
         _group_top2[(n_tiles,)](
             left,
             right,
-            b_enc,
-            b_enc if scale is None else scale,
+            offset,
+            offset if scale is None else scale,
             first_keys,
             first_members,
             second_keys,
@@ -461,8 +470,7 @@ def group_top2(
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
             BAND=8,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_launch_options(tile),
         )
     return Groups(first_keys, first_members, second_keys, tile, size)
 
@@ -475,8 +483,11 @@ def select_topk(
     indices = torch.empty(n_rows, k, dtype=torch.int32, device=x.device)
     if n_rows == 0:
         return acts, indices
-    x = x.contiguous()
-    found = group_top2(x, W_enc, b_enc, group_size(d_sae, k), scale, signed, choose_tile(x))
+    x, offset = x.contiguous(), b_enc.float()
+    if scale is not None:
+        scale = scale.float()
+        offset = offset * scale
+    found = group_top2(x, W_enc, offset, group_size(d_sae, k), scale, signed, choose_tile(x))
     n_groups = found.first_keys.shape[1]
     most_open = max(1, k // 2)
     entries = torch.empty(2, n_rows, k, dtype=torch.int64, device=x.device)
@@ -509,8 +520,8 @@ def select_topk(
         _merge_open_groups[(triton.cdiv(n_rows, merged),)](
             x,
             W_enc,
-            b_enc,
-            b_enc if scale is None else scale,
+            offset,
+            offset if scale is None else scale,
             entries[0],
             entries[1],
             open_groups,
@@ -551,6 +562,13 @@ def _select_step(block: int, rows: int) -> int:
 
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.max_registers is not None and not torch.version.hip:
+        options["maxnreg"] = tile.max_registers
+    return options
 
 
 def _precision(x: Tensor) -> str:
@@ -597,10 +615,10 @@ def _group_top2_spec(dtype: str, tile: Tile, size: int, descriptors: bool, defau
     keys = {"first_keys": "*i32", "first_members": "*i8", "second_keys": "*i32"}
     sizes = dict.fromkeys(("n_rows", "d_in", "d_sae", "n_groups", "stride_x", "stride_f"), "i32")
     return Spec(
-        f"topk.group_top2[{dtype}, {'x'.join(map(str, tile[:3]))}, groups of {size}"
+        f"topk.group_top2[{dtype}, {'x'.join(map(str, tile[:5]))}, groups of {size}"
         f"{', descriptors' if descriptors else ''}]",
         _group_top2,
-        {**operands, "b_enc": "*fp32", "scale": "*fp32", **keys, **sizes},
+        {**operands, "offset": "*fp32", "scale": "*fp32", **keys, **sizes},
         {
             "stride_d": 1,
             "SCALED": True,
@@ -617,6 +635,7 @@ def _group_top2_spec(dtype: str, tile: Tile, size: int, descriptors: bool, defau
         },
         tile.num_warps,
         tile.num_stages,
+        tile.max_registers,
         default,
     )
 
@@ -644,7 +663,7 @@ def _select_spec(block: int, default: bool) -> Spec:
 
 
 def _merge_spec(dtype: str, k: int) -> Spec:
-    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "b_enc": "*fp32", "scale": "*fp32"}
+    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
     pointers |= {"entries": "*i64", "spare": "*i64", "open_groups": "*i32", "n_open": "*i32"}
     pointers |= {"acts": "*fp32", "indices": "*i32"}
     sizes = ("n_rows", "d_in", "d_sae", "k", "most_open", "stride_x", "stride_f")

@@ -1,0 +1,75 @@
+from torch import Tensor
+
+from fastsae_kernels._checks import check_float, check_same_device, check_shape
+from fastsae_kernels._dispatch import Impl, resolve_impl
+from fastsae_kernels.code import RaggedCode
+
+AVAILABLE = (Impl.EAGER, Impl.REFERENCE)
+INT32_MAX = 2**31 - 1
+
+
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: float,
+    *,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    W_compute: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> RaggedCode:
+    """The int(k B) largest of relu(((x - b_pre) W_enc + b_enc) * scale) over the whole batch.
+
+    One threshold for all rows, k latents a row on average. The multiset of values is exact on any
+    input; among equals the lowest (row, latent) comes first. With fewer positive values the rest
+    are acts of 0 at distinct pairs; NaN counts as the largest value and comes out as NaN. BatchTopK
+    SAE: Bussmann et al. 2024 (arXiv 2412.06410).
+
+    Args:
+        x: [B, D] rows.
+        W_enc, b_enc, b_pre, scale, W_compute: as in `topk_encode`.
+        k: 0 < k <= F, need not be whole.
+        impl: `auto`, `eager` or `reference` (which reads W_enc itself).
+
+    Returns:
+        `RaggedCode` of B rows and int(k B) entries, a number known beforehand. Gradients flow from
+        `acts` to x, W_enc, b_enc, b_pre and scale, over the active pairs only.
+
+    Raises:
+        ValueError: k, a shape or a device breaks the rule it names.
+        TypeError: a dtype does.
+    """
+    check_float("W_enc", W_enc)
+    check_shape("W_enc", W_enc, "[D, F]", (None, None))
+    d_in, d_sae = W_enc.shape
+    check_float("x", x)
+    check_shape("x", x, "[B, D]", (None, d_in))
+    check_float("b_enc", b_enc)
+    check_shape("b_enc", b_enc, "[F]", (d_sae,))
+    if b_pre is not None:
+        check_float("b_pre", b_pre)
+        check_shape("b_pre", b_pre, "[D]", (d_in,))
+    if scale is not None:
+        check_float("scale", scale)
+        check_shape("scale", scale, "[F]", (d_sae,))
+    if not 0 < k <= d_sae:
+        raise ValueError(f"k must be in (0, F] with F = {d_sae}, got {k}")
+    if W_compute is not None:
+        check_float("W_compute", W_compute)
+        check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
+    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
+    n_kept = int(k * x.shape[0])
+    if n_kept > INT32_MAX:
+        raise ValueError(
+            f"k must keep at most 2^31 - 1 of a batch's entries (row offsets are int32), got {k} "
+            f"over {x.shape[0]} rows"
+        )
+    impl = resolve_impl(impl, x.device, AVAILABLE, (x.dtype, W_enc.dtype))
+    if impl is Impl.REFERENCE:
+        from fastsae_kernels.batch_topk.reference import batch_topk_encode as reference
+
+        return reference(x, W_enc, b_enc, n_kept, b_pre, scale)
+    from fastsae_kernels.batch_topk.function import batch_topk_encode as run
+
+    return run(x, W_enc, b_enc, n_kept, b_pre, scale, W_compute, impl)

@@ -1,0 +1,25 @@
+import torch
+from torch import Tensor
+
+from fastsae_kernels._dispatch import Impl
+from fastsae_kernels.batch_topk.ops import select_batch_topk
+from fastsae_kernels.code import RaggedCode
+from fastsae_kernels.threshold.pairs import Encoder, product_rows, with_gradients
+
+
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    n_kept: int,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    W_compute: Tensor | None,
+    impl: Impl,
+) -> RaggedCode:
+    encoder = Encoder(x, W_enc, b_enc, b_pre, scale)
+    with torch.no_grad():
+        centred, rows = product_rows(x, b_pre)
+        weight = W_enc if W_compute is None else W_compute
+        code = RaggedCode(*select_batch_topk(rows, weight, b_enc, n_kept, scale, impl))
+    return with_gradients(code, code.acts, encoder, centred, impl)

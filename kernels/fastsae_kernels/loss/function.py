@@ -1,0 +1,115 @@
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastsae_kernels._dispatch import Impl
+from fastsae_kernels._row_grads import RowGrad, emit_pairs, row_grads_of
+from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode, entry_rows, flattened
+from fastsae_kernels.grouping.eager import group_by_latent
+from fastsae_kernels.grouping.ops import segment_total
+from fastsae_kernels.loss.ops import mse_l1_rows
+
+
+def mse_l1_loss(
+    x: Tensor,
+    code: SparseCode | RaggedCode,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_weight: Tensor | None,
+    row_weight: Tensor | None,
+    W_compute: Tensor | None,
+    impl: Impl,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_offsets, indices, acts = flattened(code)
+    rows = W_dec.flatten(1)
+    mse, l1, err = _MSEL1Loss.apply(
+        acts,
+        rows,
+        b_dec.flatten(),
+        l1_weight,
+        x.detach().reshape(-1, rows.shape[1]),
+        row_offsets,
+        indices,
+        None if row_weight is None else row_weight.reshape(-1),
+        None if W_compute is None else W_compute.detach().flatten(1),
+        impl,
+        row_grads_of(W_dec),
+        *(code.groups or ()),
+    )
+    return mse, l1, err.reshape(x.shape)
+
+
+class _MSEL1Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        acts: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        l1_weight: Tensor | None,
+        x: Tensor,
+        row_offsets: Tensor | None,
+        indices: Tensor,
+        row_weight: Tensor | None,
+        W_compute: Tensor | None,
+        impl: Impl,
+        sink: list[RowGrad] | None,
+        *groups: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        row_mse, row_l1, err, dots = mse_l1_rows(
+            x,
+            row_offsets,
+            indices,
+            acts,
+            W_dec if W_compute is None else W_compute,
+            b_dec,
+            l1_weight,
+            ctx.needs_input_grad[0],
+            impl,
+        )
+        share = None  # of each row in the mean
+        if row_weight is None:
+            mse, l1 = row_mse.sum() / len(x), row_l1.sum() / len(x)
+        else:
+            share = row_weight.to(err.dtype) / row_weight.to(err.dtype).sum()
+            mse, l1 = torch.dot(row_mse, share), torch.dot(row_l1, share)
+        ctx.save_for_backward(acts, dots, err, l1_weight, row_offsets, indices, share, *groups)
+        ctx.d_sae, ctx.impl, ctx.sink = len(W_dec), impl, sink
+        ctx.dtypes = W_dec.dtype, b_dec.dtype
+        ctx.mark_non_differentiable(err)
+        return mse, l1, err
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_mse: Tensor, g_l1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        acts, dots, err, l1_weight, row_offsets, indices, share, *groups = ctx.saved_tensors
+        needs_acts, needs_W, needs_b, needs_weight = ctx.needs_input_grad[:4]
+        W_dtype, b_dtype = ctx.dtypes
+        # Of each entry, or of all of them, in the mean over rows.
+        shares = 1 / len(err) if share is None else share[entry_rows(row_offsets, indices).long()]
+        per_mse, per_l1 = 2 * shares * g_mse, shares * g_l1
+        d_acts = d_W = d_b = d_weight = None
+        if needs_acts:
+            slope = acts.sign()
+            if l1_weight is not None:
+                slope = slope * l1_weight.to(acts.dtype)[indices.long()]
+            d_acts = dots * per_mse + slope * per_l1
+        if needs_W or needs_weight:
+            made = (
+                LatentGroups(*groups)
+                if groups
+                else group_by_latent(row_offsets, indices, acts, ctx.d_sae)
+            )
+            if needs_W:
+                coef = (acts * per_mse).reshape(-1)[made.pairs]
+                d_W = emit_pairs(ctx.sink, made, coef, err, ctx.impl)
+                d_W = None if d_W is None else d_W.to(W_dtype)
+            if needs_weight:
+                coef = (acts.abs() * per_l1).reshape(-1)[made.pairs]
+                d_weight = segment_total(made, coef, ctx.impl).to(l1_weight.dtype)
+        if needs_b:
+            d_b = err.mean(0) if share is None else share @ err
+            d_b = (d_b * (2 * g_mse)).to(b_dtype)
+        return d_acts, d_W, d_b, d_weight, *(None,) * (7 + len(groups))

@@ -1,0 +1,403 @@
+"""The update of a dictionary's rows: one program a row, its gradient summed in registers.
+
+Traffic a parameter: weight and moments read and written, 24 bytes (16 with bf16 moments), and 2 for
+a bf16 copy, once, besides the gather of the gradient's operand. Temporary memory: the partial sums
+of `grouping/kernel.py`, and what `merge.py` copies if there are several gradients.
+
+Rows of more than `MAX_COLUMNS` columns do not fit into registers. Blocks of them take their
+gradient from a buffer of `WIDE_BYTES` and are updated by PyTorch, exactly, at several times the
+traffic. A weight without pairs and with one column a row (a bias) goes that way too: a program
+a number would take longer.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastsae_kernels._row_grads import RowGrad
+from fastsae_kernels._triton import Spec, device_of, padded
+from fastsae_kernels.grouping.kernel import (
+    PAIR_POINTERS,
+    chunk_of,
+    columns_of,
+    jit,
+    latent_sum,
+    pair_arguments,
+    segment_sum,
+)
+from fastsae_kernels.optimizer.merge import MergedGrad, merge, touched_rows
+from fastsae_kernels.optimizer.update import RowState, Rule, step_tensor, update_rows
+
+MAX_COLUMNS = 8192
+WIDE_BYTES = 64 << 20
+
+_NORM_COLS = 2048
+
+
+def row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
+    merged = merge(grads, len(state.weight))
+    if _by_blocks(state.weight, merged):
+        _update_blocks(state, merged, rule, None)
+    else:
+        _update(state, merged, rule, lazy=False)
+
+
+def lazy_row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
+    merged = merge(grads, len(state.weight))
+    if _by_blocks(state.weight, merged):
+        _update_blocks(state, merged, rule, touched_rows(grads, len(state.weight)))
+    else:
+        _update(state, merged, rule, lazy=True)
+
+
+def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
+    merged = merge(grads, len(weight))
+    if merged.pairs is None:
+        values = weight.new_zeros(()) if merged.values is None else merged.values
+        return torch.linalg.vector_norm(values, dtype=torch.float32)
+    n_rows, n_cols = weight.shape
+    squares = weight.new_empty(n_rows, dtype=torch.float32)
+    cols = min(_NORM_COLS, padded(n_cols))
+    with device_of(weight):
+        _row_squares_kernel[n_rows,](
+            squares,
+            *_gradient_arguments(merged),
+            D=n_cols,
+            COLS=cols,
+            CHUNK=chunk_of(n_cols),
+            num_warps=max(1, cols // 256),
+        )
+    return squares.sum().sqrt()
+
+
+def _by_blocks(weight: Tensor, merged: MergedGrad) -> bool:
+    return weight.shape[1] > MAX_COLUMNS or (weight.shape[1] == 1 and merged.pairs is None)
+
+
+def _update(state: RowState, merged: MergedGrad, rule: Rule, lazy: bool) -> None:
+    n_rows, n_cols = state.weight.shape
+    if state.weight.numel() == 0:
+        return
+    cols, warps = _row_shape(n_cols)
+    with device_of(state.weight):
+        _row_adam_kernel[n_rows,](
+            *state,
+            *_gradient_arguments(merged),
+            None if rule.grad_scale is None else rule.grad_scale.to(state.weight.device),
+            rule.step,
+            *_factors(rule),
+            D=n_cols,
+            COLS=cols,
+            CHUNK=chunk_of(n_cols),
+            PROJECT=rule.project,
+            RENORMALISE=rule.renormalise,
+            LAZY=lazy,
+            num_warps=warps,
+        )
+
+
+def _factors(rule: Rule) -> tuple[float, ...]:
+    """step_size, decay1, gain1, decay2, gain2, correction2, eps: made in fp64, passed in fp32."""
+    (b1, b2), step = map(float, rule.betas), rule.step
+    correction = 1 - b2**step
+    return rule.lr / (1 - b1**step), b1, 1 - b1, b2, 1 - b2, correction**-0.5, float(rule.eps)
+
+
+def _update_blocks(state: RowState, merged: MergedGrad, rule: Rule, touched: Tensor | None) -> None:
+    steps, (n_rows, n_cols) = step_tensor(state, rule), state.weight.shape
+    size = max(1, WIDE_BYTES // (4 * max(1, n_cols)))
+    for start in range(0, n_rows, size):
+        rows = torch.arange(start, min(start + size, n_rows), device=state.weight.device)
+        block = state.part(slice(start, start + size))
+        g = _gradient_block(block.weight, merged, slice(start, start + size))
+        g = g if rule.grad_scale is None else g * rule.grad_scale
+        if touched is None:
+            update_rows(block, g, rows, rule, steps)
+            continue
+        before = [t.clone() for t in block.tensors()]
+        update_rows(block, g, rows, rule, steps)
+        for now, old in zip(block.tensors(), before, strict=True):
+            now.copy_(torch.where(touched[rows].unsqueeze(1), now, old))
+
+
+def _gradient_block(weight: Tensor, merged: MergedGrad, rows: slice) -> Tensor:
+    """The gradient of these rows of the whole weight, fp32 like `weight`, a view of them."""
+    pairs, values, table = merged
+    parts = []
+    if pairs is not None:
+        offsets = pairs.groups.offsets[rows.start : rows.stop + 1]
+        parts.append(segment_sum(pairs.groups._replace(offsets=offsets), pairs.coef, pairs.operand))
+    if values is not None and table is None:
+        parts.append(values[rows])
+    elif values is not None and table is not None and len(values):
+        place = table[rows]
+        here = (place >= 0).unsqueeze(1)
+        parts.append(torch.where(here, values[place.clamp_min(0)], 0))
+    return (
+        sum(parts, start=torch.zeros_like(weight, dtype=torch.float32))
+        if len(parts) != 1
+        else parts[0]
+    )
+
+
+def _gradient_arguments(merged: MergedGrad) -> tuple[Any, ...]:
+    """What `_gradient` reads."""
+    pairs, values, table = merged
+    if pairs is None:
+        return *[None] * 5, values, table
+    return *pair_arguments(pairs.groups, pairs.coef, pairs.operand), values, table
+
+
+def _row_shape(n_cols: int) -> tuple[int, int]:
+    """The columns of a row's program and its warps, each thread having twelve columns at least.
+
+    By registers compiled for sm_90: more columns a thread share its addresses and masks, so that
+    more rows are in flight on a multiprocessor (90 KB of loads at D = 768, 81 at 2,304, 96 at
+    4,096; twice as many warps hold 72, 54 and 48).
+    """
+    warps = 16
+    while warps > 1 and n_cols < 12 * 32 * warps:
+        warps //= 2
+    return padded(n_cols), warps
+
+
+@jit
+def _gradient(
+    row,
+    offsets_ptr,
+    rows_ptr,
+    coef_ptr,
+    operand_ptr,
+    partials_ptr,
+    values_ptr,
+    table_ptr,
+    columns,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """fp32, like columns: the gradient of one row."""
+    if offsets_ptr is not None:
+        g = latent_sum(
+            row, offsets_ptr, rows_ptr, coef_ptr, operand_ptr, partials_ptr, columns, D, CHUNK
+        )
+    else:
+        g = tl.zeros(columns.shape, tl.float32)
+    if values_ptr is not None:
+        place = row
+        if table_ptr is not None:
+            place = tl.load(table_ptr + row)
+        value_ptr = values_ptr + place.to(tl.int64) * D
+        g += tl.load(value_ptr + columns, mask=(columns < D) & (place >= 0), other=0.0).to(
+            tl.float32
+        )
+    return g
+
+
+@jit
+def _mix(x):
+    """`optimizer/rounding.py`'s."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@jit
+def _store(ptr, values, bits, mask):
+    """Round fp32 values to the pointer's dtype: to bf16 by 16 random bits, else to nearest."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        raised = (values.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
+        values = tl.where(values == values, raised.to(tl.float32, bitcast=True), values)
+    tl.store(ptr, values.to(ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@jit(do_not_specialize=["step"])
+def _row_adam_kernel(
+    weight_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    copy_ptr,
+    offsets_ptr,
+    rows_ptr,
+    coef_ptr,
+    operand_ptr,
+    partials_ptr,
+    values_ptr,
+    table_ptr,
+    grad_scale_ptr,
+    step,
+    step_size,
+    decay1,
+    gain1,
+    decay2,
+    gain2,
+    correction2,
+    eps,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PROJECT: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    LAZY: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if LAZY:
+        touched = values_ptr is not None and table_ptr is None
+        if offsets_ptr is not None:
+            touched |= tl.load(offsets_ptr + row) < tl.load(offsets_ptr + row + 1)
+        if table_ptr is not None:
+            touched |= tl.load(table_ptr + row) >= 0
+        if not touched:
+            return
+    columns = columns_of(0, COLS)
+    inside = columns < D
+    place = row.to(tl.int64) * D + columns
+    # Asked for before the gradient, whose chain of loads (offsets, rows, operand) hides them.
+    w = tl.load(weight_ptr + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    m = tl.load(exp_avg_ptr + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    v = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    g = _gradient(
+        row,
+        offsets_ptr,
+        rows_ptr,
+        coef_ptr,
+        operand_ptr,
+        partials_ptr,
+        values_ptr,
+        table_ptr,
+        columns,
+        D,
+        CHUNK,
+    )
+    w, m, v = w.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
+    if grad_scale_ptr is not None:
+        g *= tl.load(grad_scale_ptr).to(tl.float32)
+    if PROJECT:
+        square = tl.sum(w * w, 0)
+        g -= tl.sum(g * w, 0) / tl.where(square == 0.0, 1.0, square) * w
+    m = decay1 * m + gain1 * g
+    v = decay2 * v + gain2 * g * g
+    w -= step_size * m / (tl.sqrt(v) * correction2 + eps)
+    if RENORMALISE:
+        w = tl.where(inside, w, 0.0)
+        norm = tl.sqrt(tl.sum(w * w, 0))
+        w /= tl.where(norm == 0.0, 1.0, norm)
+    bits = columns
+    if (
+        exp_avg_ptr.dtype.element_ty == tl.bfloat16
+        or exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16
+    ):
+        key = _mix(_mix(step.to(tl.uint32)) + row.to(tl.uint32))
+        bits = _mix(key + columns.to(tl.uint32))
+    tl.store(
+        weight_ptr + place,
+        w.to(weight_ptr.dtype.element_ty),
+        mask=inside,
+        eviction_policy="evict_first",
+    )
+    _store(exp_avg_ptr + place, m, bits & 0xFFFF, inside)
+    _store(exp_avg_sq_ptr + place, v, bits >> 16, inside)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + place, w.to(copy_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _row_squares_kernel(
+    squares_ptr,
+    offsets_ptr,
+    rows_ptr,
+    coef_ptr,
+    operand_ptr,
+    partials_ptr,
+    values_ptr,
+    table_ptr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    total = tl.zeros([COLS], tl.float32)
+    for block in range(0, tl.cdiv(D, COLS)):
+        g = _gradient(
+            row,
+            offsets_ptr,
+            rows_ptr,
+            coef_ptr,
+            operand_ptr,
+            partials_ptr,
+            values_ptr,
+            table_ptr,
+            columns_of(block, COLS),
+            D,
+            CHUNK,
+        )
+        total += g * g
+    tl.store(squares_ptr + row, tl.sum(total, 0))
+
+
+def specs() -> Iterator[Spec]:
+    scalars = ("step_size", "decay1", "gain1", "decay2", "gain2", "correction2", "eps")
+    shared = {**PAIR_POINTERS, "partials_ptr": "*fp32"}
+    plain = {"PROJECT": False, "RENORMALISE": False, "LAZY": False}
+    options: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+        "encoder": ({}, {}),
+        "decoder": ({}, {"PROJECT": True, "RENORMALISE": True}),
+        "subset": ({"values_ptr": "*fp32", "table_ptr": "*i32"}, {}),
+        "bf16 moments": ({"exp_avg_ptr": "*bf16", "exp_avg_sq_ptr": "*bf16"}, {}),
+        "everything": (
+            {
+                "values_ptr": "*fp32",
+                "table_ptr": "*i32",
+                "exp_avg_ptr": "*bf16",
+                "exp_avg_sq_ptr": "*bf16",
+            },
+            {"PROJECT": True, "RENORMALISE": True},
+        ),
+        "lazy": ({"values_ptr": "*fp32", "table_ptr": "*i32"}, {"LAZY": True}),
+    }
+    for dtype in ("bf16", "fp32", "fp16"):
+        for n_cols in (768, 2304, 4096, 8192, 100):
+            cols, warps = _row_shape(n_cols)
+            sizes = {"D": n_cols, "COLS": cols, "CHUNK": chunk_of(n_cols)}
+            default = dtype != "fp16" and n_cols in (768, 2304, 4096)
+            for name, (pointers, flags) in options.items():
+                signature = {
+                    **dict.fromkeys(("weight_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32"),
+                    **shared,
+                    "operand_ptr": f"*{dtype}",
+                    "copy_ptr": "*bf16",
+                    "grad_scale_ptr": "*fp32",
+                    "step": "i32",
+                    **dict.fromkeys(scalars, "fp32"),
+                    **pointers,
+                }
+                absent = {
+                    name: None for name in ("values_ptr", "table_ptr") if name not in pointers
+                }
+                yield Spec(
+                    f"row_adam {name} {dtype} D={n_cols}",
+                    _row_adam_kernel,
+                    signature,
+                    {**sizes, **plain, **flags, **absent},
+                    num_warps=warps,
+                    default=default,
+                )
+            cols = min(_NORM_COLS, cols)
+            yield Spec(
+                f"row_squares {dtype} D={n_cols}",
+                _row_squares_kernel,
+                {
+                    **shared,
+                    "operand_ptr": f"*{dtype}",
+                    "squares_ptr": "*fp32",
+                    "values_ptr": "*fp32",
+                    "table_ptr": "*i32",
+                },
+                {**sizes, "COLS": cols},
+                num_warps=max(1, cols // 256),
+                default=default,
+            )

@@ -1,0 +1,115 @@
+"""What every ragged encode does around its selection: the rows of the product, the gradients."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastsae_kernels._dispatch import Impl
+from fastsae_kernels._row_grads import RowGrad, emit_pairs, row_grads_of
+from fastsae_kernels.code import LatentGroups, RaggedCode
+from fastsae_kernels.decode.ops import gather_sum
+from fastsae_kernels.grouping.eager import group_by_latent
+from fastsae_kernels.grouping.ops import segment_total
+from fastsae_kernels.topk.function import FP32_PRODUCT_DEVICES
+
+
+class Encoder(NamedTuple):
+    """What gradients may be wanted of."""
+
+    x: Tensor
+    """[B, D]."""
+    W_enc: Tensor
+    """[D, F]."""
+    b_enc: Tensor
+    """[F]."""
+    b_pre: Tensor | None
+    """[D]."""
+    scale: Tensor | None
+    """[F]."""
+
+
+def product_rows(x: Tensor, b_pre: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x - b_pre in fp32 at least, and the same in the dtype of the product."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    centred = x.detach().to(wide) if b_pre is None else x.detach().to(wide) - b_pre.to(wide)
+    return centred, centred if x.device.type in FP32_PRODUCT_DEVICES else centred.to(x.dtype)
+
+
+def with_gradients(
+    code: RaggedCode, active: Tensor, encoder: Encoder, centred: Tensor, impl: Impl
+) -> RaggedCode:
+    """The same code with groups, and with gradients from its acts to what the encoder learns.
+
+    `active` [nnz] is non-zero at the pairs of the groups; the others' gradient must come in as 0.
+    """
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in encoder)):
+        return code
+    groups = group_by_latent(code.row_offsets, code.indices, active, encoder.W_enc.shape[1])
+    acts = _Pairs.apply(
+        *encoder,
+        centred,
+        code.row_offsets,
+        code.indices,
+        code.acts,
+        impl,
+        row_grads_of(encoder.W_enc),
+        *groups,
+    )
+    assert isinstance(acts, Tensor)
+    return RaggedCode(code.row_offsets, code.indices, acts, groups)
+
+
+class _Pairs(torch.autograd.Function):
+    """The values of pairs that were selected already; backward is a sum over the active ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_pre: Tensor | None,
+        scale: Tensor | None,
+        centred: Tensor,
+        row_offsets: Tensor,
+        indices: Tensor,
+        values: Tensor,
+        impl: Impl,
+        sink: list[RowGrad] | None,
+        *groups: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(centred, W_enc, scale, row_offsets, indices, values, *groups)
+        ctx.impl, ctx.sink = impl, sink
+        ctx.dtypes = x.dtype, b_enc.dtype, None if b_pre is None else b_pre.dtype
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc, scale, row_offsets, indices, values, *made = ctx.saved_tensors
+        groups, impl = LatentGroups(*made), ctx.impl
+        x_dtype, b_dtype, b_pre_dtype = ctx.dtypes
+        needs_x, needs_W, needs_b, needs_pre, needs_scale = ctx.needs_input_grad[:5]
+        d_pre = torch.where(values != 0, g, 0)
+        d_x = d_W = d_b = d_b_pre = d_scale = None
+        if scale is not None:
+            picked = scale.to(d_pre.dtype).index_select(0, indices)
+            if needs_scale:
+                per_pair = torch.where(picked != 0, d_pre * values / picked, 0)
+                d_scale = segment_total(groups, per_pair[groups.pairs], impl).to(scale.dtype)
+            d_pre = d_pre * picked
+        coef = d_pre[groups.pairs]
+        if needs_x:
+            d_x = gather_sum(row_offsets, indices, d_pre, W_enc.t().contiguous(), impl).to(x_dtype)
+        if needs_W:
+            d_W = emit_pairs(ctx.sink, groups, coef, centred, impl)
+            d_W = None if d_W is None else d_W.t().to(W_enc.dtype)
+        if needs_b or needs_pre:
+            total = segment_total(groups, coef, impl)
+            if needs_pre:
+                # Summing over the rows first turns a [B, D] gather into one matrix-vector product.
+                d_b_pre = -(W_enc.to(total.dtype) @ total).to(b_pre_dtype)
+            d_b = total.to(b_dtype) if needs_b else None
+        return d_x, d_W, d_b, d_b_pre, d_scale, *(None,) * (6 + len(made))
