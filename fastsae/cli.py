@@ -1,10 +1,12 @@
 """`fastsae train | eval | demo`."""
 
+import argparse
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastsae.analysis.plots import plot_run
 from fastsae.analysis.top_tokens import interesting_latents, top_tokens
@@ -14,8 +16,14 @@ from fastsae.device import resolve_device
 from fastsae.evaluation.evaluate import evaluate, report_table
 from fastsae.extras import require
 from fastsae.files import write_json
-from fastsae.saes import SAE
-from fastsae.training.language_model_run import LanguageModelRun, Trained, train_on_language_model
+from fastsae.saes import SAE, SAES
+from fastsae.training import defaults
+from fastsae.training.language_model_run import (
+    SET_BY_THE_RUN,
+    LanguageModelRun,
+    Trained,
+    train_on_language_model,
+)
 from fastsae.training.log import read_log
 
 EXAMPLE_LATENTS = 6
@@ -65,12 +73,14 @@ class Demo:
 
 
 def train(run: LanguageModelRun) -> None:
+    """Train an SAE on the activations of a language model, evaluate, save and picture it."""
     with _Bar() as bar:
         trained = train_on_language_model(run, bar)
     _finish(run.out, trained)
 
 
 def evaluate_saved(args: Eval) -> None:
+    """Evaluate a saved SAE on held-out text of a language model."""
     device = resolve_device(args.device)
     sae = SAE.load_from_disk(args.sae, device=device)
     metadata = sae.cfg.metadata
@@ -89,7 +99,7 @@ def evaluate_saved(args: Eval) -> None:
     seed = known.get("held_out_seed", 0)
     held_out = text if args.all_documents else split_documents(text, seed=seed)[1]
     length = metadata.get("context_size") or 128
-    tokens = tokenize(held_out, lm.tokenizer, context_size=length)[: -(-args.tokens // length)]
+    tokens = tokenize(held_out, lm.tokenizer, context_size=length, n_tokens=args.tokens)
     with _Bar() as bar:
         activations = harvest(
             lm,
@@ -108,6 +118,7 @@ def evaluate_saved(args: Eval) -> None:
 
 
 def demo(args: Demo) -> None:
+    """Train, evaluate, save and picture a small SAE offline, in a few minutes on two cores."""
     started = time.perf_counter()
     out = args.out
     number = 2
@@ -118,8 +129,7 @@ def demo(args: Demo) -> None:
         layer=args.layer,
         tokens=args.tokens,
         harvest_tokens=args.harvest_tokens,
-        d_sae=args.d_sae,
-        k=args.k,
+        sae={"d_sae": args.d_sae, "k": args.k},
         eval_tokens=8192,
         seed=args.seed,
         device=args.device,
@@ -168,12 +178,58 @@ def _finish(out: Path, trained: Trained) -> None:
     print(f"evaluation: {out / 'eval.json'}; picture: {out / 'run.png'}")
 
 
+def _variant_in(arguments: list[str]) -> str:
+    """The variant asked for, which decides what other options there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--variant", nargs="?")
+    asked = parser.parse_known_args(arguments)[0].variant
+    return asked if asked in SAES else LanguageModelRun.variant
+
+
+def _train_options(variant: str) -> Callable[[Any], None]:
+    """`train` with an option for each field of the run and of the variant's configuration."""
+    conf = require("tyro", "train").conf
+    config_class = SAES[variant].config_class
+    as_they_are = {"__post_init__": lambda _: None}  # checked when the real ones are made
+    Options = make_dataclass(
+        config_class.__name__,
+        [
+            *((name, conf.Suppress[Any], None) for name in SET_BY_THE_RUN),
+            ("d_sae", int | None, None),
+        ],
+        bases=(config_class,),
+        kw_only=True,
+        frozen=True,
+        namespace=as_they_are,
+    )
+    Run = make_dataclass(
+        LanguageModelRun.__name__,
+        [
+            ("variant", Literal[tuple(SAES)], LanguageModelRun.variant),
+            ("sae", Options, field(default=Options(**defaults.sae_fields(variant)))),
+        ],
+        bases=(LanguageModelRun,),
+        kw_only=True,
+        frozen=True,
+        namespace={**as_they_are, "__doc__": LanguageModelRun.__doc__},
+    )
+
+    def train_variant(run: Any) -> None:
+        sae = {k: v for k, v in vars(run.sae).items() if k not in SET_BY_THE_RUN}
+        train(LanguageModelRun(**{**vars(run), "sae": sae}))
+
+    train_variant.__annotations__["run"] = Run
+    train_variant.__doc__ = train.__doc__
+    return train_variant
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; an error is one line on standard error and exit status 1."""
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
         tyro = require("tyro", "train")
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": evaluate_saved, "demo": demo},
+            {"train": _train_options(_variant_in(arguments)), "eval": evaluate_saved, "demo": demo},
             prog="fastsae",
             description="Sparse autoencoders for language models.",
             args=arguments,

@@ -49,6 +49,42 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+SAVED = ".saved"
+"""Folder whose files are a complete save and come before those of the same name beside it."""
+
+
+@contextmanager
+def replacing_together(folder: Path) -> Iterator[Path]:
+    """A temporary folder; the files written there take their places in `folder` all at once.
+
+    One rename of the temporary folder, to `.saved`, makes them the ones that `current` finds; then
+    each is moved to its own name. After a kill between the moves the next save completes them.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full; all files are as they were.
+    """
+    _move_saved(folder)
+    with replacing(folder / SAVED) as temporary:
+        temporary.mkdir()
+        yield temporary
+    _move_saved(folder)
+
+
+def current(path: Path) -> Path:
+    """Where the file is that `replacing_together` wrote last: at `path`, but for a kill."""
+    saved = path.parent / SAVED / path.name
+    return saved if saved.is_file() else path
+
+
+def _move_saved(folder: Path) -> None:
+    saved = folder / SAVED
+    if saved.is_dir():
+        for file in saved.iterdir():
+            os.replace(file, folder / file.name)
+        _sync(folder)
+        saved.rmdir()
+
+
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")

@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels import Impl
+from fastsae_kernels._dispatch import TRITON_INSTALLED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the kernels run: on a GPU, or in Triton's interpreter."""
+
+IMPL_DTYPES = [
+    (Impl.EAGER, torch.float64),
+    (Impl.EAGER, torch.float32),
+    (Impl.EAGER, torch.bfloat16),
+    (Impl.EAGER, torch.float16),
+]
+"""What is held to the reference; the kernels take no fp64."""
+if TRITON_INSTALLED:
+    IMPL_DTYPES += [(Impl.TRITON, dtype) for _, dtype in IMPL_DTYPES[1:]]
 
 SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """What an implementation's relative error may be above the reference's own."""

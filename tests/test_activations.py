@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from fastsae.data import (
@@ -22,8 +21,8 @@ from fastsae.data import (
     resolve_hook,
     tokenize,
 )
+from tiny_models import NO_TOKENIZER, tiny_llama
 
-NO_TOKENIZER: Any = None
 STORY = (
     "The river rose for three days before anyone thought to move the boats. By then the mill was "
     "under water, and the old bridge had gone with a noise that was heard in the next village. "
@@ -32,18 +31,9 @@ STORY = (
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model.model.embed_tokens.weight[7] *= 40  # a massive token, as real models have
-    return LanguageModel("tiny", model, NO_TOKENIZER)
+    lm = tiny_llama()
+    lm.model.model.embed_tokens.weight[7] *= 40  # a massive token, as real models have
+    return lm
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +120,15 @@ def test_rows_in_another_dtype(lm: LanguageModel, hook, tokens: Tensor, harveste
     assert torch.equal(rows, harvested.rows.bfloat16())
 
 
+def test_rows_of_a_bfloat16_model_are_its_own_bits(lm: LanguageModel, tokens: Tensor):
+    narrow = LanguageModel("narrow", copy.deepcopy(lm.model).bfloat16(), NO_TOKENIZER)
+    hook = resolve_hook(narrow, resid_hook_name(0))
+    found = harvest(narrow, hook, tokens)
+    where = found.context_of.long(), found.position_of.long()
+    assert found.rows.dtype == found.excluded.dtype == torch.bfloat16
+    assert torch.equal(found.rows, capture(narrow, hook, tokens)[where])
+
+
 def test_default_model_has_the_rows_that_are_set_aside():
     lm = load_language_model()
     text = Text("story", [STORY, STORY[::-1], STORY.upper()], "none")
@@ -156,17 +155,38 @@ def test_nan_is_refused(lm: LanguageModel, tokens: Tensor):
         weight[9] = kept
 
 
-def test_dtype_too_narrow_is_refused(lm: LanguageModel, hook, tokens: Tensor):
+@pytest.mark.parametrize(
+    ("dtype", "token_scale", "expected"),
+    [
+        (torch.float16, 1.0, torch.float16),
+        (torch.float16, 1e7, torch.float32),
+        (torch.bfloat16, 1e7, torch.bfloat16),
+    ],
+    ids=["fits", "too-narrow", "wide-enough"],
+)
+def test_rows_that_their_dtype_cannot_hold_are_kept_in_float32(
+    lm: LanguageModel, tokens: Tensor, caplog, dtype, token_scale: float, expected
+):
+    hook = resolve_hook(lm, "blocks.0.hook_resid_pre")
     weight = lm.model.model.embed_tokens.weight
-    kept = weight.clone()
-    weight *= 1e7
+    kept = weight[9].clone()
+    weight[9] *= token_scale
+    tokens = tokens.clone()
+    tokens[:3][tokens[:3] == 9] = 8  # the first rows are stored before a large one comes
     try:
-        with pytest.raises(
-            ValueError, match="^dtype must hold .* got torch.float16 and a value of"
-        ):
-            harvest(lm, hook, tokens, dtype=torch.float16)
+        found = harvest(
+            lm, hook, tokens, dtype=dtype, batch_contexts=2, massive_multiple=float("inf")
+        )
+        x = capture(lm, hook, tokens)[:, 1:].flatten(0, 1)
     finally:
-        weight.copy_(kept)
+        weight[9] = kept
+    assert found.rows.dtype == expected
+    assert found.rows.isfinite().all()
+    torch.testing.assert_close(found.rows.float(), x, rtol=8e-3, atol=1e-4)
+    warned = "rows at blocks.0.hook_resid_pre are kept in torch.float32: max|x| of"
+    assert (warned in caplog.text) == (expected != dtype)
+    if expected != dtype:
+        assert found.rows.abs().max() > torch.finfo(dtype).max
 
 
 @pytest.mark.parametrize(

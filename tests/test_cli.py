@@ -1,13 +1,17 @@
 """`fastsae train | eval` on the real offline model, a few thousand tokens at a shallow layer."""
 
 import json
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import pytest
 import torch
 
-from fastsae import SAE
+from fastsae import SAE, SAES, StandardConfig, TopKConfig, TopKSAE
 from fastsae.cli import main
+from fastsae.training.language_model_run import SET_BY_THE_RUN, LanguageModelRun
 from fastsae.training.log import read_log
+from tiny_models import save_tiny_llama
 
 SMALL = [
     "--layer",
@@ -29,6 +33,14 @@ SMALL = [
     "--device",
     "cpu",
 ]
+
+WITHOUT_K = [a for i, a in enumerate(SMALL) if "--k" not in SMALL[max(0, i - 1) : i + 1]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Options of a run on a tiny model."""
+    return ["--model", str(save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model"))]
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +89,81 @@ def test_eval_repeats_the_figures_of_the_run(run, tmp_path, capsys):
         assert again_ce["ce_spliced"] == pytest.approx(first_ce["ce_spliced"], rel=1e-3)
 
 
-def test_standard_variant_trains(tmp_path):
-    main(["train", "--out", str(tmp_path / "run"), *SMALL, "--variant", "standard"])
-    assert SAE.load_from_disk(tmp_path / "run/sae").cfg.architecture == "standard"
+def test_options_of_a_variant_reach_its_configuration(tiny, tmp_path):
+    own = ["--variant", "standard", "--l1-coefficient", "0.25", "--no-apply-b-dec-to-input"]
+    main(["train", "--out", str(tmp_path / "run"), *WITHOUT_K, *tiny, *own])
+    cfg = SAE.load_from_disk(tmp_path / "run/sae").cfg
+    assert isinstance(cfg, StandardConfig)
+    assert (cfg.l1_coefficient, cfg.apply_b_dec_to_input, cfg.d_sae) == (0.25, False, 640)
+
+
+def test_a_variant_that_is_registered_can_be_trained(tiny, tmp_path, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class PairConfig(TopKConfig):
+        architecture: ClassVar[str] = "pair"
+        k: int = 2
+        temperature: float = 1.0
+
+    class PairSAE(TopKSAE):
+        config_class = PairConfig
+
+    monkeypatch.setitem(SAES, "pair", PairSAE)
+    out = tmp_path / "run"
+    own = ["--variant=pair", "--temperature", "0.5"]
+    main(["train", "--out", str(out), *WITHOUT_K, *tiny, *own])
+    cfg = SAE.load_from_disk(out / "sae").cfg
+    assert isinstance(cfg, PairConfig)
+    assert (cfg.k, cfg.temperature) == (2, 0.5)
+
+
+@pytest.mark.parametrize("variant", SAES)
+def test_help_has_an_option_for_every_field_of_a_variant(variant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--variant", variant, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for field in fields(SAES[variant].config_class):
+        option = f"--{field.name.replace('_', '-')}"
+        assert (option in shown) == (field.name not in SET_BY_THE_RUN), option
+
+
+@pytest.mark.parametrize(
+    "own, named",
+    [
+        (["--variant", "dense"], list(SAES)),
+        (["--variant"], ["--variant"]),
+        (["--variant", "standard", "--k", "8"], ["--k"]),
+    ],
+    ids=["unknown", "none", "of-another"],
+)
+def test_an_option_that_no_variant_has_is_refused(own, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--out", str(tmp_path / "run"), *own])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in named)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"variant": "dense"}, r"variant must be one of \['.*'topk'.*\], got 'dense'"),
+        ({"sae": {"kk": 3}}, "sae must hold fields of the variant topk among .*'k'.*, got 'kk'"),
+        ({"sae": {"d_in": 3}}, "sae must hold fields of the variant topk among .*, got 'd_in'"),
+        ({"layer": 1, "hook": "model.layers.1"}, "layer must be None when hook is given, got 1"),
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+    ],
+    ids=["variant", "field", "field-of-the-run", "layer", "tokens"],
+)
+def test_a_run_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        LanguageModelRun(out=tmp_path, **changes)
+
+
+def test_a_normalisation_that_cannot_be_trained_is_refused_at_once(tmp_path, capsys):
+    own = ["--normalize-activations", "layer_norm"]
+    message = refused(["train", "--out", str(tmp_path / "run"), *SMALL, *own], capsys)
+    assert "normalize_activations must be 'none' or 'expected_average_only_in' to train" in message
 
 
 def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):
@@ -93,13 +177,15 @@ def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_eval_reads_what_was_held_out_from_the_sae(tmp_path):
+@pytest.mark.parametrize("held_bytes", [0, 1 << 20], ids=["streamed", "in-memory"])
+def test_eval_reads_what_was_held_out_from_the_sae(tiny, tmp_path, monkeypatch, held_bytes):
+    monkeypatch.setattr("fastsae.data.text.HELD_BYTES", held_bytes)
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"body": f"Document {i} tells of {i} things. " * 60}) for i in range(40)]
     data.write_text("\n".join(lines))
     out = tmp_path / "run"
     own = ["--dataset", str(data), "--text-column", "body", "--seed", "1"]
-    main(["train", "--out", str(out), *SMALL, *own])
+    main(["train", "--out", str(out), *SMALL, *tiny, *own])
     evaluated = tmp_path / "eval.json"
     arguments = ["--tokens", "512", "--device", "cpu", "--out", str(evaluated)]
     main(["eval", "--sae", str(out / "sae"), *arguments])
@@ -143,6 +229,17 @@ def test_k_above_d_sae_is_refused(tmp_path, capsys):
 def test_a_wrong_name_is_refused(option, names, tmp_path, capsys):
     small = SMALL[2:] if option[0] == "--hook" else SMALL
     assert names in refused(["train", "--out", str(tmp_path / "run"), *small, *option], capsys)
+
+
+def test_too_little_held_out_text_is_refused_before_the_harvest(tiny, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "many words " * 200}) + '\n{"text": "a few words"}\n')
+    arguments = ["train", "--out", str(tmp_path / "run"), *SMALL, *tiny, "--dataset", str(data)]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--seed", "1"])
+    shown = capsys.readouterr().err
+    assert "text must fill one context of 63 tokens, got 4 in" in shown
+    assert "harvest" not in shown
 
 
 def test_a_missing_text_column_is_refused(tmp_path, capsys):

@@ -16,14 +16,14 @@ def no_driver(monkeypatch, tmp_path):
     monkeypatch.setattr(device_module, "_NVIDIA_DRIVER", tmp_path / "absent")
 
 
-def test_auto_without_a_gpu_is_mps_or_the_cpu(no_cuda, no_driver):
-    expected = "mps" if torch.backends.mps.is_available() else "cpu"
+@pytest.mark.parametrize(
+    "cuda, mps, expected",
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_is_cuda_before_mps_before_the_cpu(monkeypatch, no_driver, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert resolve_device() == resolve_device("auto") == torch.device(expected)
-
-
-def test_auto_with_cuda_is_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("cuda")
 
 
 @pytest.mark.parametrize("asked", ["cpu", torch.device("cpu")])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,8 +22,8 @@ from fastsae.data import (
     tokenize,
 )
 from fastsae.evaluation import loss_recovered
+from tiny_models import tiny_llama
 
-NO_TOKENIZER: Any = None
 TOKENS = torch.randint(50, (5, 12), generator=torch.Generator().manual_seed(0))
 PROSE = (
     "A glacier is a body of dense ice that moves under its own weight. It forms where more snow "
@@ -35,17 +33,7 @@ PROSE = (
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=0.5,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    return LanguageModel("tiny", model, NO_TOKENIZER)
+    return tiny_llama(initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")

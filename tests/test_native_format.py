@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 
 import pytest
@@ -66,7 +67,13 @@ def test_a_missing_file_is_refused(folder, name):
         SAE.load_from_disk(folder)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize(
+    "share",
+    [
+        *(0.0, 0.1, 0.5, 0.99),
+        *(pytest.param(i / 200, marks=pytest.mark.slow) for i in range(1, 200)),
+    ],
+)
 def test_truncated_weights_are_refused(folder, share):
     truncate(folder / "sae_weights.safetensors", share)
     with pytest.raises(ValueError, match="sae_weights.safetensors is truncated or damaged"):
@@ -166,6 +173,55 @@ def test_metadata_that_is_not_json_leaves_the_old_sae(folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def constant_sae(k):
+    """An SAE whose weights are all k, as is its k."""
+    sae = TopKSAE(TopKConfig(d_in=D, d_sae=F, k=k))
+    for parameter in sae.parameters():
+        torch.nn.init.constant_(parameter, k)
+    return sae
+
+
+def constant_in(folder):
+    sae = TopKSAE.load_from_disk(folder)
+    (weight,) = torch.cat([p.detach().flatten() for p in sae.parameters()]).unique().tolist()
+    assert weight == sae.cfg.k, "weights of one save under the configuration of another"
+    return sae.cfg.k
+
+
+def save_and_die(folder, moves):
+    """Save over another SAE; killed instead of making a move after so many."""
+    replace, left = os.replace, moves
+
+    def counted(*names):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        replace(*names)
+
+    os.replace = counted
+    constant_sae(2).save_model(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+@pytest.mark.parametrize("moves, found", [(0, 1), (1, 2), (2, 2), (3, 2)])
+def test_a_save_over_another_sae_killed_before_any_move_leaves_one_of_the_two(
+    moves, found, tmp_path
+):
+    constant_sae(1).save_model(tmp_path)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "fastsae", "pytest"])
+    process = context.Process(target=save_and_die, args=(tmp_path, moves))
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if moves == 3 else -signal.SIGKILL)
+    assert constant_in(tmp_path) == found
+    weights, config = constant_sae(3).save_model(tmp_path)
+    assert constant_in(tmp_path) == 3
+    assert json.loads(config.read_text())["k"] == load_file(weights)["b_dec"][0] == 3
+    assert not (tmp_path / ".saved").exists()
+
+
 def save_for_ever(folder):
     sae = TopKSAE(TopKConfig(d_in=64, d_sae=4096, k=4))
     with torch.no_grad():
@@ -176,11 +232,12 @@ def save_for_ever(folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_a_killed_save_leaves_one_whole_sae(tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_killed_save_leaves_one_whole_sae(kills, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "fastsae", "pytest"])
     moment = random.Random(0)
-    for _ in range(6):
+    for _ in range(kills):
         process = context.Process(target=save_for_ever, args=(tmp_path,))
         (tmp_path / "cfg.json").unlink(missing_ok=True)
         process.start()

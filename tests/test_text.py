@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -38,11 +39,12 @@ def texts(*documents: str) -> Text:
 
 
 def test_articles_are_prose(articles: Text):
-    assert len(articles.documents) == 106
-    assert sum(map(len, articles.documents)) > 2_700_000
-    assert articles.documents[0].startswith("Anarchism\n\nAnarchism is a political philosophy that")
+    documents = list(articles.documents)
+    assert len(documents) == 106
+    assert sum(map(len, documents)) > 2_700_000
+    assert documents[0].startswith("Anarchism\n\nAnarchism is a political philosophy that")
     markup = re.compile(r"\[\[|\{\{|<ref|thumb\||\[\[File|Category:")
-    assert sum(len(markup.findall(document)) for document in articles.documents) < 30
+    assert sum(len(markup.findall(document)) for document in documents) < 30
     assert "CC BY-SA" in articles.attribution
     assert "gensim 4.4.0" in articles.attribution
 
@@ -70,7 +72,7 @@ def test_docstrings_serve_without_the_articles(
     monkeypatch.setattr(sys, "path", [sysconfig.get_path("stdlib")])
     text = load_text(limit=20)
     assert text.name == "docstrings"
-    assert len(text.documents) == 20
+    assert len(list(text.documents)) == 20
     assert "abstract base classes" in " ".join(text.documents).lower()
     assert "requirements-demo.txt" in caplog.text
 
@@ -174,7 +176,7 @@ def test_split_parts_the_documents(articles: Text):
 def test_split_leaves_both_parts_a_document():
     for held_out in (0.01, 0.99):
         train, held = split_documents(texts("a", "b" * 50), held_out)
-        assert len(train.documents) == len(held.documents) == 1
+        assert len(list(train.documents)) == len(list(held.documents)) == 1
 
 
 def test_lone_document_is_cut_at_a_line():
@@ -190,6 +192,105 @@ def test_lone_document_is_cut_at_a_line():
 def test_held_out_fraction_is_refused(held_out: float):
     with pytest.raises(ValueError, match="^held_out must be between 0 and 1, got"):
         split_documents(texts("a", "b"), held_out)
+
+
+STORIES = [f"Story {i} is about {i} boats and {7 * i % 11} bridges." for i in range(300)]
+
+
+def endless_hub(read: list[int]):
+    """`datasets.load_dataset` of a hub whose dataset never ends; notes which rows are read."""
+    import datasets
+
+    def rows():
+        for i in itertools.count():
+            read.append(i)
+            yield {"text": STORIES[i % len(STORIES)] if i % 5 else " "}
+
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool):
+        assert (path, name, split, streaming) == ("some/stories", "english", "test", True)
+        return datasets.IterableDataset.from_generator(rows)
+
+    return load_dataset
+
+
+def test_hub_dataset_is_read_as_far_as_the_tokens_need(tokenizer, monkeypatch: pytest.MonkeyPatch):
+    read: list[int] = []
+    monkeypatch.setattr("datasets.load_dataset", endless_hub(read))
+    text = load_text("some/stories:english", split="test")
+    train, held_out = split_documents(text)
+    contexts = tokenize(train, tokenizer, context_size=32, n_tokens=2000)
+    assert contexts.shape == (63, 32)
+    assert max(read) < 400
+    read.clear()
+    assert torch.equal(tokenize(train, tokenizer, context_size=32, n_tokens=2000), contexts)
+    assert read[0] == 0
+    assert tokenize(held_out, tokenizer, context_size=32, n_tokens=100).shape == (4, 32)
+    three = load_text("some/stories:english", split="test", limit=3)
+    assert list(three.documents) == STORIES[1:4]
+
+
+@pytest.fixture
+def stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One folder with the stories for each kind of file, all taken for large ones."""
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": STORIES})
+    for kind in ("jsonl", "parquet", "txt"):
+        (tmp_path / kind).mkdir()
+    for half in (0, 1):
+        part = table.select(range(150 * half, 150 * half + 150))
+        part.to_json(tmp_path / "jsonl" / f"{half}.jsonl")
+        part.to_parquet(tmp_path / "parquet" / f"{half}.parquet")
+    for i, story in enumerate(STORIES):
+        (tmp_path / "txt" / f"{i:03}.txt").write_text(story)
+    monkeypatch.setattr("fastsae.data.text.HELD_BYTES", 0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_large_local_files_are_streamed_in_order(stories: Path, kind: str):
+    text = load_text(stories / kind)
+    assert not isinstance(text.documents, list)
+    assert list(text.documents) == list(text.documents) == STORIES
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_what_lies_beyond_the_tokens_is_not_read(stories: Path, tokenizer, kind: str):
+    for file in sorted((stories / kind).iterdir())[len(list((stories / kind).iterdir())) // 2 :]:
+        file.write_bytes(b"\xff damaged")
+    train, _ = split_documents(load_text(stories / kind))
+    assert len(tokenize(train, tokenizer, context_size=16, n_tokens=640)) == 40
+    with pytest.raises(RuntimeError, match="^dataset must be one that can be read here, got"):
+        tokenize(train, tokenizer, context_size=16)
+
+
+def test_a_stream_is_parted_by_seed_and_place(stories: Path):
+    text = load_text(stories / "jsonl")
+    train, held_out = split_documents(text)
+    assert sorted([*train.documents, *held_out.documents]) == sorted(STORIES)
+    assert 15 <= len(list(held_out.documents)) <= 45
+    assert list(split_documents(text)[1].documents) == list(held_out.documents)
+    assert list(split_documents(text, seed=1)[1].documents) != list(held_out.documents)
+    shorter = split_documents(load_text(stories / "jsonl", limit=150))[1]
+    assert list(shorter.documents) == [d for d in held_out.documents if d in STORIES[:150]]
+
+
+def test_a_stream_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastsae.data.text.HELD_BYTES", 0)
+    (tmp_path / "rows.jsonl").write_text('{"text": " "}\n{"text": ""}\n')
+    with pytest.raises(ValueError, match="^dataset must hold a document.* got none in"):
+        load_text(tmp_path / "rows.jsonl")
+
+
+def test_so_many_tokens_are_the_first_contexts_of_all(tokenizer):
+    text = texts(*STORIES)
+    whole = tokenize(text, tokenizer, context_size=32)
+    assert len(whole) > 150
+    for n_tokens, contexts in ((1, 1), (32, 1), (33, 2), (3200, 100), (10**9, len(whole))):
+        part = tokenize(text, tokenizer, context_size=32, n_tokens=n_tokens)
+        assert torch.equal(part, whole[:contexts])
+    with pytest.raises(ValueError, match="^n_tokens must be at least 1 or None, got 0"):
+        tokenize(text, tokenizer, n_tokens=0)
 
 
 def test_contexts_are_the_documents_and_separators(tokenizer):

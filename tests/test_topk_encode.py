@@ -3,9 +3,8 @@ import torch
 
 from fastsae_kernels import Impl, SparseCode, _dispatch, release_scratch, topk_encode, workspace
 from fastsae_kernels.topk import eager, function
-from parity import DEVICE, SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
+from parity import DEVICE, IMPL_DTYPES, SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def encode(inputs, impl, k):
@@ -22,12 +21,9 @@ def encode(inputs, impl, k):
     return {"acts": code.acts, "indices": code.indices, "loss": (code.acts * mix).sum()}
 
 
-@pytest.mark.parametrize("impl", [Impl.EAGER, Impl.TRITON])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, impl):
-    if impl is Impl.TRITON and dtype is torch.float64:
-        pytest.skip("the kernels take no fp64")
     check_parity(lambda i, impl: encode(i, impl, shape.K), weights(shape), all_in(dtype), impl)
 
 
@@ -224,7 +220,7 @@ def test_kernels_without_a_gpu_or_the_interpreter_are_refused(monkeypatch):
 
 
 def test_kernels_without_triton_are_refused(monkeypatch):
-    monkeypatch.setattr(_dispatch, "triton_installed", lambda: False)
+    monkeypatch.setattr(_dispatch, "TRITON_INSTALLED", False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         topk_encode(**GOOD, impl=Impl.TRITON)
 

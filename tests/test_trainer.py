@@ -1,99 +1,32 @@
-"""A training run: its defaults, its bits, what it counts, and what survives a kill."""
+"""A training run: its defaults, its bits, what a step does and counts, what it refuses."""
 
-import json
 import math
-import multiprocessing
-import os
-import random
-import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fastsae import OptimizerConfig, StandardConfig, TopKConfig, TrainConfig, Trainer
+from fastsae import OptimizerConfig, TrainConfig, Trainer
 from fastsae.data.batches import ShuffledRows
 from fastsae.training import defaults
 from fastsae.training.dead_latents import DeadLatents
-from fastsae.training.log import RunLog, read_log
 from fastsae.training.optimizer import lr_factor
 from parity import relative_error
+from training_runs import (
+    KINDS,
+    ROWS,
+    B,
+    D,
+    F,
+    assert_same_bits,
+    config,
+    standard_config,
+    state,
+    topk_config,
+    train,
+)
 
-D, F, K, B = 16, 128, 4, 64
-CLOCK = ("seconds", "tokens_per_second")
-KINDS = ("row_adam", "adam")
 CPU = torch.device("cpu")
-
-
-def sparse_rows(n=1000, seed=0):
-    """Rows made of a few of 40 directions, off centre."""
-    g = torch.Generator().manual_seed(seed)
-    directions = torch.randn(40, D, generator=g)
-    strengths = torch.rand(n, 40, generator=g) * (torch.rand(n, 40, generator=g) < 0.08)
-    return 5 * strengths @ directions + 0.01 * torch.randn(n, D, generator=g) + 2
-
-
-def topk_config(**changes):
-    shape = {"d_in": D, "d_sae": F, "normalize_activations": "expected_average_only_in"}
-    return TopKConfig(**{**shape, "k": K, **changes})
-
-
-def standard_config(**changes):
-    shape = {"d_in": D, "d_sae": F, "normalize_activations": "expected_average_only_in"}
-    return StandardConfig(**{**shape, "l1_coefficient": 0.5, **changes})
-
-
-def config(steps=60, kind="row_adam", sae=None, optimizer=None, **changes: Any):
-    values = {
-        "sae": sae or topk_config(),
-        "total_tokens": steps * B,
-        "batch_size": B,
-        "dead_window": 10 * B,
-        "log_every": 7,
-        "optimizer": OptimizerConfig(**{"kind": kind, "lr": 3e-3, **(optimizer or {})}),
-    }
-    return TrainConfig(**{**values, **changes})
-
-
-def train(trainer, stop_before=None):
-    """Go on from where the trainer is; the export, or None where it stopped before a step."""
-
-    def batches():
-        for step, x in enumerate(ROWS.from_step(trainer.steps_done), trainer.steps_done):
-            if step == stop_before:
-                raise KeyboardInterrupt
-            yield x
-
-    try:
-        return trainer.fit(batches(), sample=ROWS.rows)
-    except KeyboardInterrupt:
-        return None
-
-
-def state(trainer):
-    """Every tensor and number that the next step depends on."""
-    found = {name: t.detach().clone() for name, t in trainer.sae.state_dict().items()}
-    for name, parameter in trainer.sae.named_parameters():
-        for key, value in trainer.optimizer.state[parameter].items():
-            found[f"{name}.{key}"] = value
-    found |= {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
-    return found | {"counters": torch.tensor([trainer.steps_done, trainer.scale]).double()}
-
-
-def assert_same_bits(got, want):
-    assert got.keys() == want.keys()
-    different = [name for name in want if not torch.equal(got[name], want[name])]
-    assert different == []
-
-
-def timeless(path):
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_log(path)]
-
-
-ROWS = ShuffledRows(sparse_rows(), B, seed=3)
 
 
 class TestDefaults:
@@ -125,6 +58,7 @@ class TestDefaults:
             ("cpu", "float32", "float32"),
             ("cuda", "float32", "bfloat16"),
             ("cuda", "float64", "float64"),
+            ("mps", "float32", "float32"),
         ],
     )
     def test_products_are_in_bfloat16_on_a_gpu(self, device, sae, compute):
@@ -173,168 +107,6 @@ class TestBits:
     def test_another_seed_is_another_run(self):
         first, second = (Trainer(config(seed=seed), device="cpu").sae.W_enc for seed in (0, 1))
         assert not torch.equal(first, second)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("sae", [topk_config(), standard_config()], ids=["topk", "standard"])
-    def test_a_resumed_run_ends_like_one_never_stopped(self, kind, sae, tmp_path):
-        cfg = config(kind=kind, sae=sae, checkpoint_every=10)
-        whole = Trainer(cfg, device="cpu", out=tmp_path / "whole")
-        train(whole)
-        train(Trainer(cfg, device="cpu", out=tmp_path / "parts"), stop_before=37)
-        resumed = Trainer(cfg, device="cpu", out=tmp_path / "parts")
-        assert resumed.resume() and resumed.steps_done == 30
-        train(resumed)
-        assert_same_bits(state(resumed), state(whole))
-        assert resumed.sae.W_enc.stride() == (1, D)
-        logs = [timeless(tmp_path / name / "metrics.jsonl") for name in ("parts", "whole")]
-        assert logs[0] == logs[1]
-        assert [line["step"] for line in logs[1]] == [1, 7, 14, 21, 28, 35, 42, 49, 56, 60]
-
-    def test_a_topk_run_that_is_resumed_has_dead_latents(self, tmp_path):
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        lines = timeless(tmp_path / "metrics.jsonl")
-        assert any(line["dead"] > 0 and line["auxk"] > 0 for line in lines)
-
-    @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-    def test_a_run_killed_at_any_moment_ends_like_one_never_killed(self, tmp_path):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "fastsae", "pytest"])
-        moment, kills, exitcode = random.Random(0), 0, None
-        train_in_this_process(tmp_path / "whole")
-        while exitcode != 0:
-            process = context.Process(target=train_in_this_process, args=(tmp_path / "killed",))
-            process.start()
-            if kills < 6:
-                wait_for_training(tmp_path / "killed")
-                time.sleep(moment.uniform(0.0, 0.3))
-                process.kill()
-            process.join()
-            exitcode = process.exitcode
-            assert exitcode in (0, -9)
-            kills += exitcode == -9
-        assert kills >= 3
-        found, expected = (saved_run(tmp_path / name) for name in ("killed", "whole"))
-        assert_same_bits(found[0], expected[0])
-        assert found[1] == expected[1]
-
-
-KILLED_STEPS = 120
-
-
-def train_in_this_process(out):
-    torch.set_num_threads(1)
-    cfg = config(steps=KILLED_STEPS, checkpoint_every=3)
-    trainer = Trainer(cfg, device="cpu", out=out)
-    trainer.resume()
-    train(trainer)
-
-
-def wait_for_training(out):
-    """Until another checkpoint than the newest one is written."""
-    folder = out / "checkpoints"
-    found = set(folder.glob("step-*"))
-    deadline = time.monotonic() + 5
-    while not set(folder.glob("step-*")) - found and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
-def saved_run(out):
-    path = out / "checkpoints" / f"step-{KILLED_STEPS:09d}"
-    files = ("sae_weights.safetensors", "trainer_state.safetensors")
-    tensors = {k: v for name in files for k, v in load_file(path / name).items()}
-    return tensors, timeless(out / "metrics.jsonl")
-
-
-class TestCheckpoints:
-    def test_the_newest_are_kept(self, tmp_path):
-        train(Trainer(config(checkpoint_every=25, keep_checkpoints=2), device="cpu", out=tmp_path))
-        names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-        assert names == ["step-000000050", "step-000000060"]
-
-    def test_one_is_written_at_the_end_without_checkpoint_every(self, tmp_path):
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000060"]
-
-    def test_nothing_is_written_without_out(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        trainer = Trainer(config(checkpoint_every=1), device="cpu")
-        train(trainer)
-        assert list(tmp_path.iterdir()) == []
-        assert not trainer.resume()
-        with pytest.raises(ValueError, match="out must be a folder to save a checkpoint, got None"):
-            trainer.save()
-
-    def test_an_empty_folder_has_nothing_to_resume(self, tmp_path):
-        assert not Trainer(config(), device="cpu", out=tmp_path).resume()
-
-    def test_a_new_run_in_the_folder_of_another_is_refused(self, tmp_path):
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        with pytest.raises(FileExistsError, match="out must be a folder without checkpoints, got"):
-            train(Trainer(config(), device="cpu", out=tmp_path))
-
-    def test_a_finished_run_resumes_with_its_metrics(self, tmp_path):
-        first = Trainer(config(), device="cpu", out=tmp_path)
-        train(first)
-        again = Trainer(config(), device="cpu", out=tmp_path)
-        assert again.resume()
-        assert again.metrics == first.metrics
-
-    def test_what_a_kill_left_is_removed_and_files_are_for_everyone_to_read(self, tmp_path):
-        stale = tmp_path / "checkpoints" / ".step-000000001.abcd"
-        stale.mkdir(parents=True)
-        path = tmp_path / "ordinary"
-        path.touch()
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        assert not stale.exists()
-        saved = list((tmp_path / "checkpoints").glob("step-*/*"))
-        assert {p.stat().st_mode for p in saved} == {path.stat().st_mode}
-
-    def test_a_checkpoint_before_the_first_step_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="steps_done must be at least 1 to save a checkpoint"):
-            Trainer(config(), device="cpu", out=tmp_path).save()
-
-    @pytest.mark.parametrize(
-        "changes, named",
-        [
-            ({"seed": 1}, "seed: 0 then, 1 now"),
-            ({"steps": 61}, f"total_tokens: {60 * B} then, {61 * B} now"),
-            ({"kind": "adam"}, "optimizer: "),
-            ({"sae": topk_config(k=5)}, "sae: "),
-            ({"sae": standard_config()}, "architecture: 'topk' then, 'standard' now; "),
-            ({"batch_size": 2 * B}, f"batch_size: {B} then, {2 * B} now"),
-        ],
-        ids=["seed", "total_tokens", "optimizer", "sae", "variant", "batch_size"],
-    )
-    def test_resuming_with_another_config_is_refused(self, changes, named, tmp_path):
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        other = Trainer(config(**changes), device="cpu", out=tmp_path)
-        message = "config must be the checkpoint's to resume, got other values of "
-        with pytest.raises(ValueError, match=message) as caught:
-            other.resume()
-        assert named in str(caught.value)
-        assert other.steps_done == 0
-
-    def test_how_often_to_log_and_save_may_change(self, tmp_path):
-        train(Trainer(config(checkpoint_every=10), device="cpu", out=tmp_path), stop_before=30)
-        cfg = config(log_every=1, checkpoint_every=5, keep_checkpoints=9)
-        assert Trainer(cfg, device="cpu", out=tmp_path).resume()
-
-    @pytest.mark.parametrize(
-        "name", ["trainer_state.json", "trainer_state.safetensors", "sae_weights.safetensors"]
-    )
-    def test_a_damaged_checkpoint_is_refused(self, name, tmp_path):
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        path = tmp_path / "checkpoints" / "step-000000060" / name
-        path.write_bytes(path.read_bytes()[:-50])
-        with pytest.raises(ValueError, match="step-000000060.* is truncated or damaged"):
-            Trainer(config(), device="cpu", out=tmp_path).resume()
-
-    @pytest.mark.parametrize("name", ["trainer_state.json", "trainer_state.safetensors"])
-    def test_a_checkpoint_without_a_file_is_refused(self, name, tmp_path):
-        train(Trainer(config(), device="cpu", out=tmp_path))
-        (tmp_path / "checkpoints" / "step-000000060" / name).unlink()
-        with pytest.raises(FileNotFoundError, match=f"path must be a checkpoint with {name}, got"):
-            Trainer(config(), device="cpu", out=tmp_path).resume()
 
 
 class TestBadActivations:
@@ -537,21 +309,6 @@ class TestShuffledRows:
             ValueError, match=r"batch_size must be in \[1, N\] with N = 25 rows, got"
         ):
             ShuffledRows(torch.zeros(25, 2), batch_size)
-
-
-class TestLog:
-    def test_a_line_cut_short_is_left_out_and_truncate_removes_it(self, tmp_path):
-        log = RunLog(tmp_path / "run" / "metrics.jsonl")
-        for step in (1, 2, 3):
-            log.write({"step": step, "loss": 0.1 * step})
-        path = log.path or Path()
-        with path.open("a") as file:
-            file.write('{"step": 4, "lo')
-        assert [line["step"] for line in read_log(path)] == [1, 2, 3]
-        log.truncate(2)
-        log.write({"step": 3})
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3}]
 
 
 BAD_RUNS = {

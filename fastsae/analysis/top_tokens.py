@@ -7,9 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.data import Activations, LanguageModel
+from fastsae.data.batches import CHUNK_ROWS
 from fastsae.saes import SAE
-
-CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ handful of such rows would carry nearly all the variance that an SAE is asked to
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fastsae.data.hooks import HookPoint, capture, d_at
 from fastsae.data.language_model import LanguageModel
+
+_log = logging.getLogger(__name__)
 
 _CALIBRATION_ROWS = 8192
 """Rows that decide the median norm; more change it by less than a percent."""
@@ -84,13 +87,15 @@ def harvest(
         batch_contexts: contexts per forward pass; None chooses by device.
         skip_first: positions at the start of each context that are set aside.
         massive_multiple: a row is massive if its norm exceeds this multiple of the median norm.
-        dtype: of the rows; None keeps the model's own.
+        dtype: of the rows; None keeps the model's own. Rows are finite: if the largest |x| of
+            those kept is above the dtype's largest number (65,504 in float16), all of them are
+            kept in float32 instead, and a warning is logged.
         device: of the rows; None keeps the model's own.
         progress: called with the number of tokens done and the number of tokens in all.
 
     Raises:
         ValueError: tokens of a wrong shape or outside the vocabulary; NaN or inf in an
-            activation; a value that `dtype` cannot hold.
+            activation.
     """
     _check(lm, tokens, batch_contexts, skip_first, massive_multiple)
     n, length = tokens.shape
@@ -166,16 +171,25 @@ class _Gathered:
         kept, end = x[keep], self.n + int(keep.sum())
         largest = kept.abs().amax().item() if len(kept) else 0.0
         if largest > torch.finfo(self.rows.dtype).max:
-            raise ValueError(
-                f"dtype must hold the activations at {self.hook.name}, got {self.rows.dtype} "
-                f"and a value of {largest:.3g}; use torch.bfloat16 or torch.float32"
-            )
+            self._widen(torch.promote_types(x.dtype, torch.float32), largest)
         self.rows[self.n : end].copy_(kept)
         context, position = keep.nonzero(as_tuple=True)
         self.where[0, self.n : end].copy_(context + first_context)
         self.where[1, self.n : end].copy_(position)
         self.excluded.append(x[~keep].to(self.rows.device))
         self.n = end
+
+    def _widen(self, dtype: torch.dtype, largest: float) -> None:
+        _log.warning(
+            "rows at %s are kept in %s: max|x| of %.3g does not fit %s",
+            self.hook.name,
+            dtype,
+            largest,
+            self.rows.dtype,
+        )
+        rows = torch.empty_like(self.rows, dtype=dtype)
+        rows[: self.n].copy_(self.rows[: self.n])
+        self.rows = rows
 
     def finish(self, row_filter: RowFilter, median: float) -> Activations:
         excluded = torch.cat(self.excluded)

@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+CHUNK_ROWS = 2048
+"""Rows that go through an SAE at once where nothing is trained."""
+
 
 class ShuffledRows:
     """Endless batches: each epoch visits every row once, in its own seeded order.

@@ -1,7 +1,8 @@
 """Names of activations inside a Hugging Face model: read one, or put another in its place.
 
 Two spellings resolve on a plain model: TransformerLens's (`blocks.8.hook_resid_post`) and the
-path of a module (`model.layers.8`), which means that module's output.
+path of a module (`model.layers.8`), which means that module's output. A model that brings names of
+its own along (`LanguageModel.hooks`) resolves those first.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def resolve_hook(lm: LanguageModel, name: str) -> HookPoint:
         raise ValueError(
             f"hook layer must be from 0 to {lm.n_layers - 1} in {lm.name}, got {layer[1]} ({name})"
         )
+    if name in lm.hooks:
+        return HookPoint(name=name, module_path=lm.hooks[name], side="output")
     if name and name in modules:
         return HookPoint(name=name, module_path=name, side="output")
     place = _PLACES.get(name[layer.end() :]) if layer and name.startswith("blocks.") else None
@@ -205,6 +208,7 @@ def _paths_of(place: _Place, layer: str, modules: Mapping[str, nn.Module]) -> li
 
 
 def _unknown(lm: LanguageModel, name: str, layer: str, modules: Mapping[str, nn.Module]) -> str:
-    known = [f"blocks.{layer}.{place}" for place in _PLACES] + [path for path in modules if path]
+    places = [f"blocks.{layer}.{place}" for place in _PLACES]
+    known = [*places, *lm.hooks, *(path for path in modules if path)]
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known[: len(_PLACES)]
     return f"hook must name an activation of {lm.name}, got {name!r}; nearest: {', '.join(near)}"

@@ -7,9 +7,9 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,9 @@ class LanguageModel:
     """Loads the same model again through `load_language_model`; goes into an SAE's metadata."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    hooks: Mapping[str, str] = field(default_factory=dict)
+    """Names of activations that the model brings along, each with the path of the module whose
+    output it is."""
 
     @property
     def d_model(self) -> int:

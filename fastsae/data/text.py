@@ -7,11 +7,12 @@ import bz2
 import importlib.util
 import json
 import logging
+import math
 import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -37,13 +38,30 @@ _log = logging.getLogger(__name__)
 
 _LOADERS = {".txt": "txt", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
+HELD_BYTES = 64 << 20
+"""Local files of more than so many bytes together are streamed, as everything from a hub is."""
+
+_BLOCK_DOCUMENTS = 64
+"""Documents handed to the tokenizer at once: enough to keep its threads busy."""
+
+
+@dataclass(frozen=True)
+class _Stream(Iterable[str]):
+    """Documents in the order of their source, opened again by every `iter`."""
+
+    read: Callable[[], Iterable[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
 
 @dataclass(frozen=True)
 class Text:
     """Documents and where they come from."""
 
     name: str
-    documents: Sequence[str]
+    documents: Iterable[str]
+    """A sequence in memory, or a stream that is read anew each time it is gone over."""
     attribution: str
     """Authors and licence, to be kept with whatever quotes the documents."""
 
@@ -57,6 +75,9 @@ def load_text(
 ) -> Text:
     """Load documents; empty ones are left out.
 
+    The packaged documents and local files up to `HELD_BYTES` are held in memory. Larger files and
+    datasets on the hub are streamed: a run reads no further than its tokens need.
+
     Args:
         dataset: None for 106 Wikipedia articles out of the installed gensim, or the docstrings
             of installed packages where gensim is absent; a .txt (one document), .json, .jsonl,
@@ -69,7 +90,7 @@ def load_text(
     Raises:
         FileNotFoundError: `dataset` is a path and nothing is there.
         ValueError: no such column, or no document in it.
-        RuntimeError: the dataset cannot be read.
+        RuntimeError: the dataset cannot be read; of a stream, also while going over it.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -77,21 +98,27 @@ def load_text(
         text = _wikipedia() or _docstrings(limit)
     else:
         text = _from_dataset(str(dataset), split, text_column, limit)
-    documents = [document for document in text.documents if document and not document.isspace()]
-    if not documents:
+    written = _Stream(lambda: islice((d for d in text.documents if d and not d.isspace()), limit))
+    documents = list(written) if isinstance(text.documents, Sequence) else written
+    if next(iter(documents), None) is None:
         raise ValueError(f"dataset must hold a document that is not empty, got none in {text.name}")
-    return replace(text, documents=documents[:limit])
+    return replace(text, documents=documents)
 
 
 def split_documents(text: Text, held_out: float = 0.1, seed: int = 0) -> tuple[Text, Text]:
     """Part the documents in two, training and held-out, so that neither has seen the other.
 
-    Whole documents are drawn at random until they hold the fraction `held_out` of the characters.
-    A lone document is cut at the line break nearest that fraction from its end.
+    Of documents in memory whole ones are drawn at random until they hold the fraction `held_out`
+    of the characters; a lone document is cut at the line break nearest that fraction from its end.
+    Each document of a stream is held out with that probability, by a draw that depends on the seed
+    and its place alone, so that no part need be read to know the other.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
     documents = text.documents
+    if not isinstance(documents, Sequence):
+        train, held = (_part(documents, held_out, seed, side) for side in (False, True))
+        return replace(text, documents=train), replace(text, documents=held)
     if len(documents) == 1:
         documents = _cut(documents[0], 1 - held_out)
         drawn = {1}
@@ -115,8 +142,9 @@ def tokenize(
     *,
     context_size: int = 128,
     prepend_bos: bool | None = None,
+    n_tokens: int | None = None,
 ) -> Int[Tensor, "n L"]:
-    """Tokens of all documents in one stream, cut into full contexts of L = `context_size`.
+    """Tokens of the documents in one stream, cut into full contexts of L = `context_size`.
 
     Each document is followed by one separator: `<|endoftext|>` if the vocabulary has it, else
     the tokenizer's eos, else its bos, else nothing. The tokenizer's own special tokens are not
@@ -127,10 +155,14 @@ def tokenize(
             `context_size - 1` tokens of text; None means if there is a bos. It costs no row, since
             the first position is not trained on, and the rest is predicted a little better:
             SmolLM2's loss on the articles is 3.32 nats with and 3.34 without.
+        n_tokens: stop at the first contexts that hold so many tokens, reading no more documents
+            than they need; None: all of the text.
 
     Raises:
         ValueError: the text does not fill one context, or the tokenizer has no bos.
     """
+    if n_tokens is not None and n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1 or None, got {n_tokens}")
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise ValueError("prepend_bos must be False for a tokenizer without a bos token, got True")
@@ -138,23 +170,36 @@ def tokenize(
         prepend_bos = bos is not None
     if context_size < 1 + prepend_bos:
         raise ValueError(f"context_size must be at least {1 + prepend_bos}, got {context_size}")
-    separator = separator_id(tokenizer)
-    encoded: Any = tokenizer(
-        list(text.documents), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    end = [] if separator is None else [separator]
-    stream = torch.cat([torch.tensor(ids + end, dtype=torch.long) for ids in encoded])
     width = context_size - prepend_bos
-    n = len(stream) // width
+    most = math.inf if n_tokens is None else math.ceil(n_tokens / context_size)
+    parts, found = list[Tensor](), 0
+    for ids in _token_ids(text.documents, tokenizer):
+        parts.append(torch.tensor(ids, dtype=torch.long))
+        found += len(ids)
+        if found >= most * width:
+            break
+    n = int(min(found // width, most))
     if n == 0:
         raise ValueError(
-            f"text must fill one context of {width} tokens, got {len(stream)} in {text.name}; "
+            f"text must fill one context of {width} tokens, got {found} in {text.name}; "
             "use more text or a smaller context_size"
         )
-    contexts = stream[: n * width].view(n, width)
+    contexts = torch.cat(parts)[: n * width].view(n, width)
     if prepend_bos:
         contexts = torch.cat([contexts.new_tensor([[bos]]).expand(n, 1), contexts], dim=1)
     return contexts
+
+
+def _token_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Tokens of each document and the separator after it."""
+    separator = separator_id(tokenizer)
+    end = [] if separator is None else [separator]
+    documents = iter(documents)
+    while block := list(islice(documents, _BLOCK_DOCUMENTS)):
+        encoded: Any = tokenizer(
+            block, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        yield from (ids + end for ids in encoded["input_ids"])
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -164,6 +209,12 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         if token in vocabulary:
             return vocabulary[token]
     return None
+
+
+def _part(documents: Iterable[str], held_out: float, seed: int, side: bool) -> _Stream:
+    """The documents of a stream that are held out, or the others."""
+    drawn = lambda place: random.Random(f"{seed}:{place}").random() < held_out
+    return _Stream(lambda: (d for place, d in enumerate(documents) if drawn(place) == side))
 
 
 def _cut(document: str, fraction: float) -> list[str]:
@@ -176,29 +227,44 @@ def _cut(document: str, fraction: float) -> list[str]:
 
 def _from_dataset(dataset: str, split: str, column: str | None, limit: int | None) -> Text:
     path = Path(dataset).expanduser()
-    name, _, config = dataset.partition(":")
     if path.exists():
         files = _files_in(path)
         kind = _LOADERS[files[0].suffix]
         if kind == "txt":
-            with _reading(dataset):
-                documents = [file.read_text(encoding="utf-8") for file in files[:limit]]
-            return Text(dataset, documents, f"local text {dataset}")
-        # Streaming reads the files in place, without a second copy in a cache.
-        source = {"path": kind, "data_files": [str(file) for file in files], "streaming": True}
-        split = "train"
-    elif path.suffix in _LOADERS or path.is_absolute() or dataset.startswith((".", "~")):
+            stream = _Stream(lambda: _whole_files(files, dataset))
+        else:
+            source = {"path": kind, "data_files": [str(file) for file in files]}
+            stream = _rows(source, "train", column, dataset)
+        held = sum(file.stat().st_size for file in files) <= HELD_BYTES
+        return Text(dataset, list(islice(stream, limit)) if held else stream, f"local {dataset}")
+    if path.suffix in _LOADERS or path.is_absolute() or dataset.startswith((".", "~")):
         raise FileNotFoundError(f"dataset must be a file, a folder or a hub name, got {dataset}")
-    else:
-        source = {"path": name, "name": config or None, "streaming": limit is not None}
+    name, _, config = dataset.partition(":")
+    stream = _rows({"path": name, "name": config or None}, split, column, dataset)
+    return Text(dataset, stream, f"dataset {dataset}")
+
+
+def _rows(source: dict[str, Any], split: str, column: str | None, dataset: str) -> _Stream:
+    """The column of documents, read in place: without a copy of the dataset in a cache."""
     datasets = require("datasets", extra="train")
     with _reading(dataset):
-        table = datasets.load_dataset(**source, split=split)
+        table = datasets.load_dataset(**source, split=split, streaming=True)
         sample = list(islice(table, 100))
-    column = _text_column(sample, column, dataset)
+    name = _text_column(sample, column, dataset)
+    documents = table.select_columns([name])
+
+    def read() -> Iterator[str]:
+        with _reading(dataset):
+            for row in documents:
+                yield row[name] or ""
+
+    return _Stream(read)
+
+
+def _whole_files(files: list[Path], dataset: str) -> Iterator[str]:
     with _reading(dataset):
-        rows = islice(table.select_columns([column]), limit)
-        return Text(dataset, [row[column] or "" for row in rows], f"dataset {dataset}")
+        for file in files:
+            yield file.read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from fastsae.data import Activations, HookPoint, LanguageModel
+from fastsae.data.batches import CHUNK_ROWS
 from fastsae.evaluation.loss_recovered import SpliceLoss, loss_recovered
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
 from fastsae.saes import SAE
-
-CHUNK_ROWS = 2048
 
 
 @torch.no_grad()

@@ -69,6 +69,14 @@ class SAEConfig:
         if not self.decoder_init_norm > 0:
             raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
 
+    def check_trainable(self) -> None:
+        """Raise ValueError for a normalisation that only exists when an SAE is used."""
+        if self.normalize_activations in RUN_TIME_NORMALIZATIONS:
+            raise ValueError(
+                "normalize_activations must be 'none' or 'expected_average_only_in' to train, got "
+                f"{self.normalize_activations!r}; normalise the rows before training instead"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         return {"architecture": self.architecture, **asdict(self)}
 
@@ -205,11 +213,7 @@ class SAE(nn.Module, ABC):
         return x_hat if self._heads is None else x_hat.unflatten(-1, self._heads)
 
     def _training_rows(self, x: Tensor) -> Tensor:
-        if self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
-            raise ValueError(
-                "normalize_activations must be 'none' or 'expected_average_only_in' to train, got "
-                f"{self.cfg.normalize_activations!r}; normalise the rows before training instead"
-            )
+        self.cfg.check_trainable()
         return self._normalise(x)  # in their own dtype, which is the product's
 
     @property

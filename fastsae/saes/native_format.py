@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastsae.files import replacing
+from fastsae.files import current, replacing_together
 from fastsae.saes.base import SAE
 
 CONFIG = "cfg.json"
@@ -17,27 +17,25 @@ FORMAT_VERSION = "6.54.12"
 
 
 def write_sae(sae: SAE, path: Path) -> tuple[Path, Path]:
-    """Both files are written before either takes its place."""
+    """Both files take their places together: a kill leaves the old SAE or the new one."""
     config = sae.cfg.to_dict()
     config["device"] = "cpu"
     config["metadata"] = {"sae_lens_version": FORMAT_VERSION, **config["metadata"]}
     weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
-    with replacing(path / CONFIG) as new_config, replacing(path / WEIGHTS) as new_weights:
-        new_config.write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights, new_weights)
+    with replacing_together(path) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, temporary / WEIGHTS)
     return path / WEIGHTS, path / CONFIG
 
 
 def read_sae(path: Path, device: torch.device | str) -> SAE:
     from fastsae.saes import SAES
 
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}"
-            )
+    config_file, weights_file = current(path / CONFIG), current(path / WEIGHTS)
+    if not (config_file.is_file() and weights_file.is_file()):
+        raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}")
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = json.loads(config_file.read_text())
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} must be JSON, got {error}") from error
     if not isinstance(config, dict):
@@ -49,7 +47,7 @@ def read_sae(path: Path, device: torch.device | str) -> SAE:
         )
     sae_class = SAES[architecture]
     try:
-        weights = load_file(path / WEIGHTS)
+        weights = load_file(weights_file)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is truncated or damaged: {error}") from error
     try:

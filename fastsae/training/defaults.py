@@ -1,18 +1,27 @@
 """Every default of a training run that depends on the run, in one place, with its reason."""
 
 import math
+from typing import Any
 
 import torch
 
 EXPANSION = 16
 """F = 16 D."""
-K = 64
 DEAD_WINDOW = 10_000_000
 """Tokens without firing after which a latent is dead, as in the literature, for long runs."""
 
 
 def d_sae(d_in: int) -> int:
     return EXPANSION * d_in
+
+
+def sae_fields(variant: str) -> dict[str, Any]:
+    """Fields of a variant's configuration where a run's defaults are not the class's.
+
+    Rows are scaled to norm sqrt(D) whatever the model, and the L1 weight is one for such rows.
+    """
+    own = {"standard": {"l1_coefficient": 5.0}}
+    return {"normalize_activations": "expected_average_only_in", **own.get(variant, {})}
 
 
 def batch_size(device: torch.device, total_tokens: int) -> int:

@@ -3,9 +3,9 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from fastsae.data import (
     Activations,
     HookPoint,
     LanguageModel,
+    d_at,
     harvest,
     load_language_model,
     load_text,
@@ -26,13 +27,17 @@ from fastsae.data.batches import ShuffledRows
 from fastsae.device import resolve_device
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.files import replacing, write_json
-from fastsae.saes import SAE, SAEConfig, StandardConfig, TopKConfig
+from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
 from fastsae.training.config import OptimizerConfig, TrainConfig
 from fastsae.training.trainer import Trainer
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with the stage, what is done, what there is to do, and figures worth showing."""
+
+
+SET_BY_THE_RUN = ("d_in", "reshape_activations", "metadata")
+"""Fields of an SAE's configuration that follow from the model, the hook and the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +53,11 @@ class LanguageModelRun:
     hook: str | None = None
     """Another place than the residual stream: `blocks.8.hook_mlp_out`, or a module's path."""
     dataset: str | None = None
-    """Hub name or local text, jsonl, parquet or csv; None: Wikipedia articles, offline."""
+    """Hub name or local text, jsonl, parquet or csv; None: Wikipedia articles, offline. What is
+    large or on a hub is streamed, in its own order, as far as the tokens need."""
     text_column: str | None = None
     split: str = "train"
-    """Split of a hub dataset; its last tenth of documents, drawn at random, is held out."""
+    """Split of a hub dataset. A tenth of any text, whole documents drawn at random, is held out."""
     context_size: int = 128
     """Tokens a context."""
     tokens: int = 1_000_000
@@ -59,13 +65,11 @@ class LanguageModelRun:
     harvest_tokens: int | None = None
     """Tokens whose activations are held in memory and gone over; None: as many as are trained on,
     or all of the text."""
-    variant: Literal["topk", "standard"] = "topk"
-    d_sae: int | None = None
-    """F, the number of latents; None: 16 times the width of the activations."""
-    k: int = defaults.K
-    """Active latents a row (topk)."""
-    l1_coefficient: float = 5.0
-    """Weight of the sparsity term (standard), on rows scaled to norm sqrt(D)."""
+    variant: str = "topk"
+    """Kind of SAE; `--variant NAME --help` lists its own options."""
+    sae: dict[str, Any] = field(default_factory=dict)
+    """The variant's configuration, field by field, where it is not the default. Without d_sae there
+    are 16 times as many latents as the activations have dimensions."""
     batch_size: int | None = None
     """Tokens a step; None: by device and length of the run."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -86,6 +90,16 @@ class LanguageModelRun:
         for name in ("tokens", "eval_tokens", "checkpoints", "context_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.variant not in SAES:
+            raise ValueError(f"variant must be one of {sorted(SAES)}, got {self.variant!r}")
+        known = [f.name for f in fields(SAES[self.variant].config_class)]
+        for name in self.sae:
+            if name not in known or name in SET_BY_THE_RUN:
+                settable = [name for name in known if name not in SET_BY_THE_RUN]
+                raise ValueError(
+                    f"sae must hold fields of the variant {self.variant} among {settable}, "
+                    f"got {name!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -118,13 +132,14 @@ def train_on_language_model(run: LanguageModelRun, progress: Progress | None = N
     lm = load_language_model(run.model, device=device)
     layer = lm.n_layers // 2 if run.layer is None else run.layer
     hook = resolve_hook(lm, run.hook or resid_hook_name(layer))
+    cfg = _config(run, lm, hook)
 
     started = time.perf_counter()
     train, held_out = _harvest(run, lm, hook, tell)
     timings["harvest"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    trainer = Trainer(_config(run, lm, hook, train), device=device, out=run.out)
+    trainer = Trainer(cfg, device=device, out=run.out)
     write_json(run.out / "run.json", _as_json(run))
     if run.resume:
         trainer.resume()
@@ -179,35 +194,32 @@ def _harvest(
     run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, tell: Progress
 ) -> tuple[Activations, Activations]:
     text = load_text(run.dataset, split=run.split, text_column=run.text_column)
-    parts = []
-    for name, documents, budget in zip(
-        ("harvest", "harvest held-out"),
-        split_documents(text, seed=run.seed),
-        (run.harvest_tokens or run.tokens, run.eval_tokens),
-        strict=True,
-    ):
-        tokens = tokenize(documents, lm.tokenizer, context_size=run.context_size)
-        tokens = tokens[: -(-budget // run.context_size)]
-        parts.append(
-            harvest(
-                lm,
-                hook,
-                tokens,
-                massive_multiple=run.massive_multiple,
-                progress=lambda done, total, name=name: tell(name, done, total, {}),
-            )
+    budgets = (run.harvest_tokens or run.tokens, run.eval_tokens)
+    tokens = [
+        tokenize(part, lm.tokenizer, context_size=run.context_size, n_tokens=budget)
+        for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
+    ]
+    train, held_out = (
+        harvest(
+            lm,
+            hook,
+            part,
+            massive_multiple=run.massive_multiple,
+            progress=lambda done, total, name=name: tell(name, done, total, {}),
         )
-    return parts[0], parts[1]
+        for part, name in zip(tokens, ("harvest", "harvest held-out"), strict=True)
+    )
+    return train, held_out
 
 
-def _config(
-    run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, train: Activations
-) -> TrainConfig:
-    d_in = train.rows.shape[1]
-    shape: dict[str, Any] = {
+def _config(run: LanguageModelRun, lm: LanguageModel, hook: HookPoint) -> TrainConfig:
+    d_in = d_at(lm, hook)
+    d_sae = run.sae.get("d_sae")
+    shape = {
+        **defaults.sae_fields(run.variant),
+        **run.sae,
         "d_in": d_in,
-        "d_sae": run.d_sae or defaults.d_sae(d_in),
-        "normalize_activations": "expected_average_only_in",
+        "d_sae": defaults.d_sae(d_in) if d_sae is None else d_sae,
         "metadata": {
             "model_name": lm.name,
             "hook_name": hook.name,
@@ -219,18 +231,11 @@ def _config(
             "massive_multiple": run.massive_multiple,
         },
     }
-    sae: SAEConfig
-    if run.variant == "topk":
-        sae = TopKConfig(**shape, k=run.k)
-    else:
-        sae = StandardConfig(**shape, l1_coefficient=run.l1_coefficient)
-    device = resolve_device(run.device)
     cfg = TrainConfig(
-        sae=sae,
+        sae=SAES[run.variant].config_class(**shape),
         total_tokens=run.tokens,
         batch_size=run.batch_size,
         optimizer=run.optimizer,
         seed=run.seed,
-    ).resolved(device)
-    every = max(1, cfg.total_steps // run.checkpoints)
-    return TrainConfig(**{**vars(cfg), "checkpoint_every": every})
+    ).resolved(resolve_device(run.device))
+    return replace(cfg, checkpoint_every=max(1, cfg.total_steps // run.checkpoints))

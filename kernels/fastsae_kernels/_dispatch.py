@@ -4,7 +4,6 @@ import importlib.util
 import os
 from collections.abc import Collection
 from enum import Enum
-from functools import cache
 
 import torch
 
@@ -18,9 +17,7 @@ class Impl(str, Enum):
     REFERENCE = "reference"
 
 
-@cache
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -52,7 +49,7 @@ def resolve_impl(
         raise ValueError(f"impl must be one of {names}, got {impl!r}")
     impl = Impl(impl)
     if impl is Impl.AUTO:
-        kernels = Impl.TRITON in available and device.type == "cuda" and triton_installed()
+        kernels = Impl.TRITON in available and device.type == "cuda" and TRITON_INSTALLED
         return Impl.TRITON if kernels and torch.float64 not in dtypes else Impl.EAGER
     if impl not in available:
         have = [choice.value for choice in available]
@@ -60,7 +57,7 @@ def resolve_impl(
             f"impl must be one of {have} for this op, got {impl.value!r}; impl='auto' always runs"
         )
     if impl is Impl.TRITON:
-        if not triton_installed():
+        if not TRITON_INSTALLED:
             raise RuntimeError("impl='triton' needs the package triton; pip install triton")
         if device.type != "cuda" and not interpreted():
             raise RuntimeError(

@@ -4,7 +4,6 @@ from fastsae_kernels._checks import check_float, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode
 
-AVAILABLE = (Impl.EAGER, Impl.REFERENCE)
 INT32_MAX = 2**31 - 1
 
 
@@ -65,7 +64,7 @@ def batch_topk_encode(
             f"k must keep at most 2^31 - 1 of a batch's entries (row offsets are int32), got {k} "
             f"over {x.shape[0]} rows"
         )
-    impl = resolve_impl(impl, x.device, AVAILABLE, (x.dtype, W_enc.dtype))
+    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
     if impl is Impl.REFERENCE:
         from fastsae_kernels.batch_topk.reference import batch_topk_encode as reference
 

@@ -3,7 +3,7 @@
 Scores of whole rows are written block by block into one buffer of half the workspace. Every value
 above a bound, at first 0, is a candidate; once more than 2 n of them wait they are cut to the n
 largest, the least of which is the next bound: n values reach it, so none that does not exceed it is
-missing. Exact on any input. Besides the workspace this takes about 60 bytes a candidate.
+missing. Exact on any input. Besides the workspace this takes about 60 bytes for each of those 2 n.
 """
 
 import torch

@@ -22,9 +22,12 @@ def _select_batch_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, scale: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == Impl.TRITON:
-        from fastsae_kernels.batch_topk.kernel import select_batch_topk as run
-    else:
-        from fastsae_kernels.batch_topk.eager import select_batch_topk as run
+        from fastsae_kernels.batch_topk import kernel
+
+        if kernel.fits(len(x), W_enc.shape[1], n_kept):
+            return kernel.select_batch_topk(x, W_enc, b_enc, n_kept, scale)
+    from fastsae_kernels.batch_topk.eager import select_batch_topk as run
+
     return run(x, W_enc, b_enc, n_kept, scale)
 
 

@@ -37,7 +37,7 @@ def gather_sum(
     """[B, D] fp32: the sum over each row's entries of act * weight[index], plus bias.
 
     Args:
-        row_offsets: [B + 1] of a ragged code, or None for K entries a row.
+        row_offsets: [B + 1] of a ragged code, int32, or None for K entries a row.
         indices: [nnz] or [B, K], int32 or int64.
         acts: like indices.
         weight: [F, D], a row's elements side by side; any stride between rows.
@@ -59,7 +59,7 @@ def gather_sum(
     with device_of(weight):
         _gather_sum_kernel[grid](
             x_hat,
-            None if row_offsets is None else row_offsets.contiguous(),
+            offsets_argument(row_offsets),
             indices.contiguous(),
             acts.contiguous(),
             weight,
@@ -79,7 +79,7 @@ def pair_dots(row_offsets: Tensor | None, indices: Tensor, rows: Tensor, weight:
     """Like indices, fp32: rows[b] . weight[index] for every entry of row b.
 
     Args:
-        row_offsets: [B + 1] of a ragged code, or None for K entries a row.
+        row_offsets: [B + 1] of a ragged code, int32, or None for K entries a row.
         indices: [nnz] or [B, K], int32 or int64.
         rows: [B, D]; copied if the elements of a row are not side by side.
         weight: [F, D], a row's elements side by side; any stride between rows.
@@ -97,7 +97,7 @@ def pair_dots(row_offsets: Tensor | None, indices: Tensor, rows: Tensor, weight:
     with device_of(weight):
         _pair_dots_kernel[grid](
             dots,
-            None if row_offsets is None else row_offsets.contiguous(),
+            offsets_argument(row_offsets),
             indices.contiguous(),
             rows,
             weight,
@@ -130,6 +130,11 @@ def with_close_cols(rows: Tensor) -> Tensor:
 def slots_of(row_offsets: Tensor | None, indices: Tensor) -> int:
     """K, or 0 for a ragged code."""
     return indices.shape[1] if row_offsets is None else 0
+
+
+def offsets_argument(row_offsets: Tensor | None) -> Tensor | None:
+    """Always int32: with int64 offsets Triton 3.6 and 3.7 fail to compile `_gather_sum_kernel`."""
+    return None if row_offsets is None else row_offsets.int().contiguous()
 
 
 def warp_cols(weight: Tensor) -> int:

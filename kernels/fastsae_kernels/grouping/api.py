@@ -20,7 +20,8 @@ def group_by_latent(
         impl: `triton` and `eager` are one here: torch's stable radix sort of the int32 latents.
 
     Returns:
-        `LatentGroups` with `pairs`, `rows` [P], P the number of the code's entries, and `offsets` [F + 1], int32.
+        `LatentGroups` with `pairs` and `rows` [P], P the number of the code's entries, and
+        `offsets` [F + 1], all int32.
 
     Raises:
         ValueError: shapes differ, or `indices` holds a latent outside [0, F).

@@ -357,5 +357,5 @@ def specs() -> Iterator[Spec]:
                 {**PAIR_POINTERS, "operand_ptr": f"*{dtype}", "out_ptr": "*fp32"},
                 {**sizes, "partials_ptr": None},
                 num_warps=warps,
-                default=default,
+                default=False,
             )

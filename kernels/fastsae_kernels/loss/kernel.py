@@ -28,6 +28,7 @@ from fastsae_kernels.decode.kernel import (
     add_rows,
     check_weight_rows,
     code_arguments,
+    offsets_argument,
     row_span,
     slot_dots,
     slots_of,
@@ -59,7 +60,7 @@ def mse_l1_rows(
 
     Args:
         x: [B, D]; copied if the elements of a row are not side by side.
-        row_offsets: [B + 1] of a ragged code, or None for K entries a row.
+        row_offsets: [B + 1] of a ragged code, int32, or None for K entries a row.
         indices: [nnz] or [B, K], int32 or int64.
         acts: like indices.
         W_dec: [F, D], a row's elements side by side; any stride between rows.
@@ -76,7 +77,8 @@ def mse_l1_rows(
     """
     check_weight_rows(W_dec)
     n_rows, n_cols = x.shape
-    row_mse, row_l1 = x.new_empty(2, n_rows, dtype=torch.float32)
+    row_mse = x.new_empty(n_rows, dtype=torch.float32)
+    row_l1 = torch.empty_like(row_mse)
     err = x.new_empty(n_rows, n_cols, dtype=torch.float32)
     dots = acts.new_empty(acts.shape if needs_dots else 0, dtype=torch.float32)
     if n_rows == 0:
@@ -90,7 +92,7 @@ def mse_l1_rows(
             err,
             dots if needs_dots else None,
             x,
-            None if row_offsets is None else row_offsets.contiguous(),
+            offsets_argument(row_offsets),
             indices.contiguous(),
             acts.contiguous(),
             W_dec,

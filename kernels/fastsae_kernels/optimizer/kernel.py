@@ -286,6 +286,10 @@ def _row_adam_kernel(
         w = tl.where(inside, w, 0.0)
         norm = tl.sqrt(tl.sum(w * w, 0))
         w /= tl.where(norm == 0.0, 1.0, norm)
+    stored = w.to(weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + place, stored, mask=inside, eviction_policy="evict_first")
+    if copy_ptr is not None:
+        tl.store(copy_ptr + place, w.to(copy_ptr.dtype.element_ty), mask=inside)
     bits = columns
     if (
         exp_avg_ptr.dtype.element_ty == tl.bfloat16
@@ -293,16 +297,8 @@ def _row_adam_kernel(
     ):
         key = _mix(_mix(step.to(tl.uint32)) + row.to(tl.uint32))
         bits = _mix(key + columns.to(tl.uint32))
-    tl.store(
-        weight_ptr + place,
-        w.to(weight_ptr.dtype.element_ty),
-        mask=inside,
-        eviction_policy="evict_first",
-    )
     _store(exp_avg_ptr + place, m, bits & 0xFFFF, inside)
     _store(exp_avg_sq_ptr + place, v, bits >> 16, inside)
-    if copy_ptr is not None:
-        tl.store(copy_ptr + place, w.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -340,63 +336,57 @@ def _row_squares_kernel(
 
 
 def specs() -> Iterator[Spec]:
-    scalars = ("step_size", "decay1", "gain1", "decay2", "gain2", "correction2", "eps")
-    shared = {**PAIR_POINTERS, "partials_ptr": "*fp32"}
-    plain = {"PROJECT": False, "RENORMALISE": False, "LAZY": False}
-    options: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-        "encoder": ({}, {}),
-        "decoder": ({}, {"PROJECT": True, "RENORMALISE": True}),
-        "subset": ({"values_ptr": "*fp32", "table_ptr": "*i32"}, {}),
-        "bf16 moments": ({"exp_avg_ptr": "*bf16", "exp_avg_sq_ptr": "*bf16"}, {}),
-        "everything": (
-            {
-                "values_ptr": "*fp32",
-                "table_ptr": "*i32",
-                "exp_avg_ptr": "*bf16",
-                "exp_avg_sq_ptr": "*bf16",
-            },
-            {"PROJECT": True, "RENORMALISE": True},
-        ),
-        "lazy": ({"values_ptr": "*fp32", "table_ptr": "*i32"}, {"LAZY": True}),
+    floats = ("step_size", "decay1", "gain1", "decay2", "gain2", "correction2", "eps")
+    pairs = {**PAIR_POINTERS, "partials_ptr": "*fp32"}
+    subset = {"values_ptr": "*fp32", "table_ptr": "*i32"}
+    narrow = {"exp_avg_ptr": "*bf16", "exp_avg_sq_ptr": "*bf16"}
+    unit = {"PROJECT": True, "RENORMALISE": True}
+    usual: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+        "plain": (pairs, {}),
+        "subset": ({**pairs, **subset}, {}),
+        "decoder": (pairs, unit),
+    }
+    unusual: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+        "unsplit": (PAIR_POINTERS, {}),
+        "bf16 moments": ({**pairs, **narrow}, {}),
+        "everything": ({**pairs, **subset, **narrow}, unit),
+        "lazy": ({**pairs, **subset}, {"LAZY": True}),
+        "lazy dense": ({**pairs, "values_ptr": "*fp32"}, {"LAZY": True}),
+        "no pairs": (subset, {}),
     }
     for dtype in ("bf16", "fp32", "fp16"):
         for n_cols in (768, 2304, 4096, 8192, 100):
             cols, warps = _row_shape(n_cols)
             sizes = {"D": n_cols, "COLS": cols, "CHUNK": chunk_of(n_cols)}
             default = dtype != "fp16" and n_cols in (768, 2304, 4096)
-            for name, (pointers, flags) in options.items():
-                signature = {
+            for name, (pointers, flags) in {**usual, **unusual}.items():
+                present = {
                     **dict.fromkeys(("weight_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32"),
-                    **shared,
-                    "operand_ptr": f"*{dtype}",
+                    **pointers,
                     "copy_ptr": "*bf16",
                     "grad_scale_ptr": "*fp32",
                     "step": "i32",
-                    **dict.fromkeys(scalars, "fp32"),
-                    **pointers,
+                    **dict.fromkeys(floats, "fp32"),
                 }
-                absent = {
-                    name: None for name in ("values_ptr", "table_ptr") if name not in pointers
-                }
+                if "rows_ptr" in pointers:
+                    present["operand_ptr"] = f"*{dtype}"
                 yield Spec(
                     f"row_adam {name} {dtype} D={n_cols}",
                     _row_adam_kernel,
-                    signature,
-                    {**sizes, **plain, **flags, **absent},
+                    present,
+                    {
+                        **dict.fromkeys({*pairs, *subset, "operand_ptr"} - present.keys()),
+                        **sizes,
+                        **{"PROJECT": False, "RENORMALISE": False, "LAZY": False, **flags},
+                    },
                     num_warps=warps,
-                    default=default,
+                    default=default and (name in usual or (dtype, n_cols) == ("bf16", 2304)),
                 )
             cols = min(_NORM_COLS, cols)
             yield Spec(
                 f"row_squares {dtype} D={n_cols}",
                 _row_squares_kernel,
-                {
-                    **shared,
-                    "operand_ptr": f"*{dtype}",
-                    "squares_ptr": "*fp32",
-                    "values_ptr": "*fp32",
-                    "table_ptr": "*i32",
-                },
+                {**pairs, **subset, "operand_ptr": f"*{dtype}", "squares_ptr": "*fp32"},
                 {**sizes, "COLS": cols},
                 num_warps=max(1, cols // 256),
                 default=default,

@@ -41,9 +41,11 @@ def merge(grads: Sequence[RowGrad], n_rows: int) -> MergedGrad:
 
 def touched_rows(grads: Sequence[RowGrad], n_rows: int) -> Tensor:
     """[F] bool: the rows that at least one of `grads` speaks of."""
-    if any(isinstance(grad, DenseGrad) for grad in grads):
-        return grads[0].block(0, 0).new_ones(n_rows, dtype=torch.bool)
-    known = [_touched(grad, n_rows) for grad in grads if not isinstance(grad, DenseGrad)]
+    known = []
+    for grad in grads:
+        if isinstance(grad, DenseGrad):
+            return grad.values.new_ones(n_rows, dtype=torch.bool)
+        known.append(_touched(grad, n_rows))
     return torch.stack(known).any(0)
 
 

@@ -6,7 +6,8 @@ from fastsae_kernels._checks import check_float, check_rows, check_same_device, 
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode
 
-AVAILABLE = (Impl.EAGER, Impl.REFERENCE)
+# Dense products by chunks of rows: one implementation on every device.
+RELU_L1_IMPLS = (Impl.EAGER, Impl.REFERENCE)
 
 
 class JumpReLUCode(NamedTuple):
@@ -80,7 +81,7 @@ def threshold_encode(
         check_same_device(x=x, threshold=threshold)
     elif not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
-    impl = resolve_impl(impl, x.device, AVAILABLE, (x.dtype, W_enc.dtype))
+    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
     if impl is Impl.REFERENCE:
         from fastsae_kernels.threshold.reference import threshold_encode as reference
 
@@ -110,7 +111,7 @@ def jumprelu_encode(
 
     and 0 elsewhere; d acts / d z = H and d l0 / d z = 0. Rajamanoharan et al. 2024 (arXiv
     2407.14435), as SAELens 6 has it. The code holds the active pairs and those of the band, which
-    is what the gradients need: a loss sum_b f(acts_b) + c l0_b is trained as it is written. Counting
+    is what the gradients need; a loss is written as `mse + l0_coefficient * l0.mean()`. Counting
     waits for the device as in `threshold_encode`, which is the encode for inference.
 
     Args:
@@ -137,7 +138,7 @@ def jumprelu_encode(
     check_same_device(x=x, threshold=threshold, W_compute=W_compute)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
-    impl = resolve_impl(impl, x.device, AVAILABLE, (x.dtype, W_enc.dtype))
+    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
     if impl is Impl.REFERENCE:
         from fastsae_kernels.threshold.reference import jumprelu_encode as reference
 
@@ -187,7 +188,7 @@ def relu_l1_loss(
     check_same_device(x=x, W_dec=W_dec, b_dec=b_dec)
     if not lp_norm > 0:
         raise ValueError(f"lp_norm must be above 0, got {lp_norm}")
-    if resolve_impl(impl, x.device, AVAILABLE) is Impl.REFERENCE:
+    if resolve_impl(impl, x.device, RELU_L1_IMPLS) is Impl.REFERENCE:
         from fastsae_kernels.threshold.reference import relu_l1_loss as run
     else:
         from fastsae_kernels.threshold.function import relu_l1_loss as run

@@ -22,20 +22,21 @@ def select_above(
     n_searched = max(1, half // (d_sae * BYTES_A_CANDIDATE))
     buffer = scratch(n_rows * d_sae, limit)
     weight = W_enc.to(x.dtype)
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device)]
-    indices, values = [counts[0][:0].int()], [limit[:0]]
+    row_ends = torch.arange(1, min(n_rows, n_searched) + 1, device=x.device) * d_sae
+    nnz, row_offsets = 0, [row_ends.new_zeros(1)]
+    indices, values = [row_ends[:0].int()], [limit[:0]]
     for rows in x.split(n_rows):
         for scores in _score(rows, weight, b_enc, scale, buffer).split(n_searched):
             # "Not at or below" rather than "above": NaN passes and stays visible.
             above = (scores <= limit).logical_not_()
             places = above.view(-1).nonzero().squeeze(1)
-            counts.append(above.sum(1))
+            row_offsets.append(torch.searchsorted(places, row_ends[: len(scores)]) + nnz)
             values.append(scores.view(-1)[places])
             indices.append(places.remainder_(d_sae).int())
-    nnz = sum(map(len, values))
+            nnz += len(places)
     if nnz > INT32_MAX:
         raise ValueError(
             f"threshold must leave at most 2^31 - 1 entries (row offsets are int32), got {nnz}; "
             "encode fewer rows at a time"
         )
-    return torch.cat(counts).cumsum(0).int(), torch.cat(indices), torch.cat(values)
+    return torch.cat(row_offsets).int(), torch.cat(indices), torch.cat(values)

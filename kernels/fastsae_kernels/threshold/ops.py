@@ -9,7 +9,7 @@ from fastsae_kernels._dispatch import Impl
 def select_above(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, limit: Tensor, impl: Impl
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """row_offsets [B + 1], indices [nnz], values [nnz]: every z = (x W_enc + b_enc) * scale > limit.
+    """row_offsets [B + 1], indices [nnz], values [nnz]: every (x W_enc + b_enc) * scale > limit.
 
     `limit` is [F] in the dtype of the values, which is fp32 at least; the product is made in x's.
     Latents ascend within a row; NaN counts as above. How many there are shapes the outputs, so this
@@ -54,9 +54,7 @@ def relu_l1_sums(
     Those are d_enc [F, D], d_b_enc [F], d_dec [F, D], empty if not needed. Dense products, chunk by
     chunk: one implementation on every device.
     """
-    return _relu_l1_sums(
-        x, W_enc, b_enc, W_dec, b_dec, b_pre, l1_coefficient, lp_norm, needs_grads
-    )
+    return _relu_l1_sums(x, W_enc, b_enc, W_dec, b_dec, b_pre, l1_coefficient, lp_norm, needs_grads)
 
 
 @torch.library.custom_op("fastsae::relu_l1_sums", mutates_args=())
@@ -90,11 +88,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     scalar = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
     d_sae, d_out = W_dec.shape
-    grads = ((d_sae, d_out), (d_sae,), (d_sae, d_out)) if needs_grads else ((0,),) * 3
-    return (
-        scalar,
-        torch.empty_like(scalar),
-        scalar.new_empty(x.shape[0], d_out),
-        x.new_empty(d_sae, dtype=torch.int64),
-        *(scalar.new_empty(shape) for shape in grads),
-    )
+    shapes = ((d_sae, d_out), (d_sae,), (d_sae, d_out)) if needs_grads else ((0,),) * 3
+    d_enc, d_b_enc, d_dec = (scalar.new_empty(shape) for shape in shapes)
+    err, counts = scalar.new_empty(x.shape[0], d_out), x.new_empty(d_sae, dtype=torch.int64)
+    return scalar, torch.empty_like(scalar), err, counts, d_enc, d_b_enc, d_dec

@@ -42,7 +42,8 @@ def with_gradients(
 ) -> RaggedCode:
     """The same code with groups, and with gradients from its acts to what the encoder learns.
 
-    `active` [nnz] is non-zero at the pairs of the groups; the others' gradient must come in as 0.
+    `active` [nnz] is non-zero at the pairs of the groups, those with a gradient: the acts of the
+    others are 0 or their gradient comes in as 0.
     """
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in encoder)):
         return code

@@ -86,6 +86,7 @@ def _group_top2(
     W_enc,
     offset,
     scale,
+    limit,
     first_keys,
     first_members,
     second_keys,
@@ -97,6 +98,7 @@ def _group_top2(
     stride_d,
     stride_f,
     SCALED: tl.constexpr,
+    LIMITED: tl.constexpr,
     SIGNED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -149,6 +151,10 @@ def _group_top2(
         products *= tl.load(scale + columns, mask=inside, other=1.0)[None, :]
     products += tl.load(offset + columns, mask=inside, other=0.0)[None, :]
     keys = _keys(products, SIGNED)
+    if LIMITED:
+        # "At or below" is what goes, so that NaN stays and is seen.
+        below = products <= tl.load(limit + columns, mask=inside, other=0.0)[None, :]
+        keys = tl.where(below, LOWEST, keys)
     if not EVEN:
         keys = tl.where(columns[None, :] < d_sae, keys, LOWEST)
     # Members of a group are a stride apart, so that a thread holds whole groups.
@@ -157,7 +163,10 @@ def _group_top2(
     first = tl.max(keys, 1)
     member = tl.arange(0, SIZE)[None, :, None]
     which = tl.min(tl.where(keys == first[:, None, :], member, SIZE), 1)
-    second = tl.max(tl.where(member == which[:, None, :], LOWEST, keys), 1)
+    if LIMITED:
+        second = tl.sum((keys > LOWEST).to(tl.int32), 1)
+    else:
+        second = tl.max(tl.where(member == which[:, None, :], LOWEST, keys), 1)
 
     groups = column_tile * N + tl.arange(0, N)
     at = rows.to(tl.int64)[:, None] * n_groups + groups[None, :]
@@ -168,7 +177,7 @@ def _group_top2(
 
 
 @triton.jit
-def _column(groups, members, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+def column(groups, members, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     N: tl.constexpr = COLUMNS // SIZE
     return groups // N * COLUMNS + members * N + groups % N
 
@@ -258,7 +267,7 @@ def _select_groups(
         key1, key2 = _load_keys(at, here, n_groups, first_keys, second_keys)
         inside = (here < n_groups)[None, :]
         members = tl.load(first_members + at[:, None] + here[None, :], mask=inside, other=0)
-        columns = _column(here[None, :], members.to(tl.int32), SIZE, COLUMNS)
+        columns = column(here[None, :], members.to(tl.int32), SIZE, COLUMNS)
         tied = (key2 == threshold).to(tl.int32)
         rank = n_tied[:, None] + tl.cumsum(tied, 1) - tied
         opened = (key2 > threshold) | ((key2 == threshold) & (rank < level_open[:, None]))
@@ -297,6 +306,54 @@ def _select_groups(
 def _larger(others, entries):
     """[R, N]: how many of `others` [R, M] are larger than each of `entries` [R, N]."""
     return tl.sum((others[:, None, :] > entries[:, :, None]).to(tl.int32), 2)
+
+
+@triton.jit
+def _score_groups(
+    x,
+    W_enc,
+    offset,
+    scale,
+    rows,
+    groups,
+    n_listed,
+    keys,
+    d_in,
+    d_sae,
+    stride_x,
+    stride_d,
+    stride_f,
+    SCALED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    number = tl.program_id(0)
+    members = tl.arange(0, SIZE)
+    if number < tl.load(n_listed):
+        row = tl.load(rows + number).to(tl.int64)
+        columns = column(tl.load(groups + number), members, SIZE, COLUMNS)
+        inside = columns < d_sae
+        right = W_enc + columns.to(tl.int64)[:, None] * stride_f
+        sums = tl.zeros((SIZE, DEPTH), tl.float32)
+        for start in range(0, d_in, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            within = at < d_in
+            values = tl.load(x + row * stride_x + at, mask=within, other=0.0)
+            weights = tl.load(
+                right + at[None, :] * stride_d, mask=inside[:, None] & within[None, :], other=0.0
+            )
+            sums += weights.to(PRODUCT).to(tl.float32) * values.to(tl.float32)[None, :]
+        products = tl.sum(sums, 1)
+        if SCALED:
+            products *= tl.load(scale + columns, mask=inside, other=1.0)
+        products += tl.load(offset + columns, mask=inside, other=0.0)
+        found = tl.where(inside, _keys(products, SIGNED), LOWEST)
+        tl.store(keys + number.to(tl.int64) * SIZE + members, found)
+    else:
+        tl.store(keys + number.to(tl.int64) * SIZE + members, tl.full((SIZE,), LOWEST, tl.int32))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -356,7 +413,7 @@ def _merge_open_groups(
         source, target = target, source
         busy = (number < opened)[:, None]
         group = tl.load(open_groups + rows.to(tl.int64) * most_open + number, mask=number < opened)
-        columns = _column(group[:, None], members, SIZE, COLUMNS)
+        columns = column(group[:, None], members, SIZE, COLUMNS)
         inside = busy & (columns < d_sae)
         left = x + rows.to(tl.int64)[:, None] * stride_x
         right = W_enc + columns.to(tl.int64)[:, :, None] * stride_f
@@ -402,22 +459,35 @@ def _merge_open_groups(
         mask = real & (start + slots < k)
         entry = tl.load(target + at + start + slots, mask=mask, other=0)
         tl.store(acts + at + start + slots, _values((entry >> 32).to(tl.int32)), mask=mask)
-        column = (entry & HIGHEST).to(tl.int32) ^ HIGHEST
-        tl.store(indices + at + start + slots, column, mask=mask)
+        latents = (entry & HIGHEST).to(tl.int32) ^ HIGHEST
+        tl.store(indices + at + start + slots, latents, mask=mask)
         start += CHUNK
 
 
+class Layout(NamedTuple):
+    """Which columns make a group: `columns` of a tile, every (columns / size)th of them."""
+
+    columns: int
+    size: int
+
+
 class Groups(NamedTuple):
-    """What the first launch leaves: the two largest keys of each row and group of columns."""
+    """What the first launch leaves of each row and group of columns."""
 
     first_keys: Tensor
-    """[B, G] int32."""
+    """[B, G] int32: the largest key."""
     first_members: Tensor
-    """[B, G] int8: the member of the group that has the largest key."""
+    """[B, G] int8: the member of the group that has it."""
     second_keys: Tensor
-    """[B, G] int32."""
-    tile: Tile
-    size: int
+    """[B, G] int32: the second largest key; with a limit, how many members are above theirs."""
+    layout: Layout
+
+
+def affine(b_enc: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """offset, scale [F] in fp32: (product + b_enc) * scale = product * scale + offset."""
+    if scale is None:
+        return b_enc.float(), None
+    return b_enc.float() * scale.float(), scale.float()
 
 
 def choose_tile(x: Tensor) -> Tile:
@@ -432,8 +502,13 @@ def group_top2(
     size: int,
     scale: Tensor | None,
     signed: bool,
-    tile: Tile,
+    limit: Tensor | None = None,
 ) -> Groups:
+    """Launch the product. `offset` [F] is added to it after `scale` [F] multiplied it, in fp32.
+
+    With a `limit` [F], only the keys of values above their column's count.
+    """
+    tile = choose_tile(x)
     d_in, d_sae = W_enc.shape
     n_groups = triton.cdiv(d_sae, tile.columns) * (tile.columns // size)
     shape = len(x), n_groups
@@ -449,6 +524,7 @@ def group_top2(
             right,
             offset,
             offset if scale is None else scale,
+            offset if limit is None else limit,
             first_keys,
             first_members,
             second_keys,
@@ -460,6 +536,7 @@ def group_top2(
             W_enc.stride(0),
             W_enc.stride(1),
             SCALED=scale is not None,
+            LIMITED=limit is not None,
             SIGNED=signed,
             DESCRIPTORS=descriptors,
             EVEN=d_in % tile.depth == 0 and d_sae % tile.columns == 0,
@@ -472,7 +549,7 @@ def group_top2(
             BAND=8,
             **_launch_options(tile),
         )
-    return Groups(first_keys, first_members, second_keys, tile, size)
+    return Groups(first_keys, first_members, second_keys, Layout(tile.columns, size))
 
 
 def select_topk(
@@ -483,11 +560,8 @@ def select_topk(
     indices = torch.empty(n_rows, k, dtype=torch.int32, device=x.device)
     if n_rows == 0:
         return acts, indices
-    x, offset = x.contiguous(), b_enc.float()
-    if scale is not None:
-        scale = scale.float()
-        offset = offset * scale
-    found = group_top2(x, W_enc, offset, group_size(d_sae, k), scale, signed, choose_tile(x))
+    x, (offset, scale) = x.contiguous(), affine(b_enc, scale)
+    found = group_top2(x, W_enc, offset, group_size(d_sae, k), scale, signed)
     n_groups = found.first_keys.shape[1]
     most_open = max(1, k // 2)
     entries = torch.empty(2, n_rows, k, dtype=torch.int64, device=x.device)
@@ -508,8 +582,8 @@ def select_topk(
             k,
             most_open,
             SIGNED=signed,
-            SIZE=found.size,
-            COLUMNS=found.tile.columns,
+            SIZE=found.layout.size,
+            COLUMNS=found.layout.columns,
             ROWS=rows,
             BLOCK=block,
             ONE_BLOCK=n_groups <= block,
@@ -539,14 +613,69 @@ def select_topk(
             SCALED=scale is not None,
             SIGNED=signed,
             PRODUCT=_TYPES[x.dtype],
-            SIZE=found.size,
-            COLUMNS=found.tile.columns,
+            SIZE=found.layout.size,
+            COLUMNS=found.layout.columns,
             ROWS=merged,
             CHUNK=chunk,
-            DEPTH=max(16, 4096 // (merged * found.size)),
+            DEPTH=max(16, 4096 // (merged * found.layout.size)),
             num_warps=4,
         )
     return acts, indices
+
+
+def score_groups(
+    x: Tensor,
+    W_enc: Tensor,
+    offset: Tensor,
+    scale: Tensor | None,
+    signed: bool,
+    layout: Layout,
+    rows: Tensor,
+    groups: Tensor,
+    n_listed: Tensor,
+    keys: Tensor,
+) -> None:
+    """Write the keys of the first `n_listed` (row, group) pairs to `keys` [n, SIZE] int32.
+
+    Columns that do not exist, and pairs beyond, get the lowest key.
+    """
+    if len(rows) == 0:
+        return
+    with device_of(x):
+        _score_groups[(len(rows),)](
+            x,
+            W_enc,
+            offset,
+            offset if scale is None else scale,
+            rows,
+            groups,
+            n_listed,
+            keys,
+            *W_enc.shape,
+            x.stride(0),
+            W_enc.stride(0),
+            W_enc.stride(1),
+            SCALED=scale is not None,
+            SIGNED=signed,
+            PRODUCT=_TYPES[x.dtype],
+            SIZE=layout.size,
+            COLUMNS=layout.columns,
+            DEPTH=4096 // layout.size,
+            num_warps=4,
+        )
+
+
+def columns_of(groups: Tensor, layout: Layout) -> Tensor:
+    """[n, SIZE] int64: the columns that are members of `groups` [n]."""
+    per_tile = layout.columns // layout.size
+    members = torch.arange(layout.size, device=groups.device) * per_tile
+    first = groups.long() // per_tile * layout.columns + groups.long() % per_tile
+    return first[:, None] + members
+
+
+def values_of(keys: Tensor) -> Tensor:
+    """The fp32 values of int32 keys."""
+    return (keys ^ ((keys >> 31) & (2**31 - 1))).view(torch.float32)
 
 
 MOST_RESIDENT = 16384
@@ -601,6 +730,7 @@ def specs() -> Iterator[Spec]:
                 for descriptors in (False, True):
                     yield _group_top2_spec(dtype, tile, size, descriptors, number == 0)
         yield _merge_spec(dtype, 64)
+        yield _score_spec(dtype)
     for block in (1024, 4096, MOST_RESIDENT):
         yield _select_spec(block, block == 4096)
 
@@ -618,10 +748,11 @@ def _group_top2_spec(dtype: str, tile: Tile, size: int, descriptors: bool, defau
         f"topk.group_top2[{dtype}, {'x'.join(map(str, tile[:5]))}, groups of {size}"
         f"{', descriptors' if descriptors else ''}]",
         _group_top2,
-        {**operands, "offset": "*fp32", "scale": "*fp32", **keys, **sizes},
+        {**operands, "offset": "*fp32", "scale": "*fp32", "limit": "*fp32", **keys, **sizes},
         {
             "stride_d": 1,
             "SCALED": True,
+            "LIMITED": False,
             "SIGNED": False,
             "DESCRIPTORS": descriptors,
             "EVEN": True,
@@ -680,6 +811,25 @@ def _merge_spec(dtype: str, k: int) -> Spec:
             "COLUMNS": 256,
             "ROWS": 1,
             "CHUNK": 64,
+            "DEPTH": 64,
+        },
+    )
+
+
+def _score_spec(dtype: str) -> Spec:
+    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
+    pointers |= {"rows": "*i32", "groups": "*i32", "n_listed": "*i32", "keys": "*i32"}
+    return Spec(
+        f"topk.score_groups[{dtype}]",
+        _score_groups,
+        {**pointers, **dict.fromkeys(("d_in", "d_sae", "stride_x", "stride_f"), "i32")},
+        {
+            "stride_d": 1,
+            "SCALED": True,
+            "SIGNED": False,
+            "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
+            "SIZE": 64,
+            "COLUMNS": 256,
             "DEPTH": 64,
         },
     )

@@ -1,0 +1,43 @@
+"""Llamas with random weights, small enough to be made and run in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fastsae.data import LanguageModel, load_language_model
+
+NO_TOKENIZER: Any = None
+VOCABULARY = 50
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_llama(**changes: Any) -> LanguageModel:
+    """A model without a tokenizer, whose tokens are 0 to 49."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**_SIZES, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return LanguageModel("tiny", model, NO_TOKENIZER)
+
+
+def save_tiny_llama(folder: Path, **changes: Any) -> Path:
+    """A folder that `load_language_model` reads, with the offline default's tokenizer."""
+    tokenizer = load_language_model().tokenizer
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    tiny_llama(**{**settings, **changes}).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
