@@ -43,6 +43,7 @@ $(VENV)/.train-$(TORCH): $(VENV)/.base-$(TORCH)
 
 $(VENV)/.test-$(TORCH): $(VENV)/.train-$(TORCH)
 	$(PIP) -c $(VENV)/constraints.txt -e ".[train,peers,test,dev]"
+	$(PIP) --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0  # kernels are compiled with it too
 	touch $@
 
 clean:

@@ -6,7 +6,10 @@ all implementations select the same latents and what differs is rounding alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle, product
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,16 +18,6 @@ from fastsae_kernels._dispatch import TRITON_INSTALLED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the kernels run: on a GPU, or in Triton's interpreter."""
-
-IMPL_DTYPES = [
-    (Impl.EAGER, torch.float64),
-    (Impl.EAGER, torch.float32),
-    (Impl.EAGER, torch.bfloat16),
-    (Impl.EAGER, torch.float16),
-]
-"""What is held to the reference; the kernels take no fp64."""
-if TRITON_INSTALLED:
-    IMPL_DTYPES += [(Impl.TRITON, dtype) for _, dtype in IMPL_DTYPES[1:]]
 
 SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """What an implementation's relative error may be above the reference's own."""
@@ -52,6 +45,32 @@ SHAPES = [
     Shape(9, 12, 40, 1),
     Shape(3, 5, 11, 11),
 ]
+
+
+KERNEL_SHAPES = [
+    Shape(4, 32, 128, 8),
+    Shape(5, 33, 97, 5),
+    Shape(2, 19, 150, 9),
+    Shape(1, 7, 65, 3),
+    Shape(9, 12, 40, 1),
+    Shape(3, 5, 11, 11),
+]
+"""The same oddities, small enough for the interpreter."""
+
+
+def _cases() -> list[Any]:
+    """Every dtype and shape in `eager`; in the interpreter every shape once, the dtypes in turn."""
+    halves = [torch.float32, torch.bfloat16, torch.float16]
+    cases = [(Impl.EAGER, dtype, shape) for shape in SHAPES for dtype in [torch.float64, *halves]]
+    if TRITON_INSTALLED:
+        every = product(SHAPES, halves) if DEVICE == "cuda" else zip(KERNEL_SHAPES, cycle(halves))
+        cases += [(Impl.TRITON, dtype, shape) for shape, dtype in every]
+    name = lambda impl, dtype, shape: f"{impl.value}-{str(dtype).removeprefix('torch.')}-{shape}"
+    return [pytest.param(*case, id=name(*case)) for case in cases]
+
+
+CASES = _cases()
+"""What is held to the reference: an implementation, a dtype, a shape. The kernels take no fp64."""
 
 
 def lattice(*shape: int, steps: int = 8) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from fastsae_kernels import Impl, batch_topk_encode, collect_row_grads, mse_l1_loss, workspace
 from fastsae_kernels.batch_topk import eager
-from parity import DEVICE, IMPL_DTYPES, SHAPES, Shape, all_in, check_parity, relative_error, weights
+from parity import CASES, DEVICE, SHAPES, Shape, all_in, check_parity, relative_error, weights
 from test_threshold import Largest, encoder, fp32, from_sae_lens, mixed, parts_of
 
 EAGER = Impl.EAGER.value
@@ -23,8 +23,7 @@ def distinct(shape):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_encode_and_gradients_match_reference(shape, dtype, impl, scaled):
     inputs = distinct(shape)
     if scaled:
@@ -223,9 +222,9 @@ def test_a_batch_may_keep_nothing_or_everything():
 
 def test_half_precision_product_is_close_to_the_reference(monkeypatch):
     """What a GPU does with bf16 rows, run on the CPU: bf16 operands and product, the rest fp32."""
-    from fastsae_kernels.threshold import pairs
+    from fastsae_kernels import _encoder_pairs
 
-    monkeypatch.setattr(pairs, "FP32_PRODUCT_DEVICES", ())
+    monkeypatch.setattr(_encoder_pairs, "FP32_PRODUCT_DEVICES", ())
     inputs = fp32(SHAPES[0])
     arguments = inputs["x"].bfloat16(), inputs["W_enc"], inputs["b_enc"], 8
     exact = batch_topk_encode(*arguments, impl="reference").acts.sort().values

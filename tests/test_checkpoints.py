@@ -35,9 +35,13 @@ def in_full(values):
 class TestResume:
     @pytest.mark.parametrize("stop", [37, *in_full(range(11, 60, 3))])
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("sae", [topk_config(), standard_config()], ids=["topk", "standard"])
-    def test_a_resumed_run_ends_like_one_never_stopped(self, kind, sae, stop, tmp_path):
-        cfg = config(kind=kind, sae=sae, checkpoint_every=10)
+    @pytest.mark.parametrize(
+        "sae, compute",
+        [(topk_config(), None), (standard_config(), None), (topk_config(), "bfloat16")],
+        ids=["topk", "standard", "topk with bfloat16 products"],
+    )
+    def test_a_resumed_run_ends_like_one_never_stopped(self, kind, sae, compute, stop, tmp_path):
+        cfg = config(kind=kind, sae=sae, compute_dtype=compute, checkpoint_every=10)
         whole = Trainer(cfg, device="cpu", out=tmp_path / "whole")
         train(whole)
         train(Trainer(cfg, device="cpu", out=tmp_path / "parts"), stop_before=stop)

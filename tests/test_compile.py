@@ -33,10 +33,7 @@ def step_loss(x, dead, W_enc, b_enc, W_dec, b_dec, impl):
 
 @pytest.mark.filterwarnings(IGNORED)
 @pytest.mark.parametrize("aux", [False, True], ids=["without auxk", "with auxk"])
-@pytest.mark.parametrize(
-    "impl, backend",
-    [(Impl.EAGER, "inductor"), (Impl.EAGER, "aot_eager"), (Impl.TRITON, "aot_eager")],
-)
+@pytest.mark.parametrize("impl, backend", [(Impl.EAGER, "inductor"), (Impl.TRITON, "aot_eager")])
 def test_a_step_compiles_as_one_graph_and_keeps_its_gradients(impl, backend, aux):
     shapes = (16, 96), (96,), (96, 16), (16,)
     weights = [torch.randn(*shape, device=DEVICE).requires_grad_() for shape in shapes]
@@ -44,11 +41,11 @@ def test_a_step_compiles_as_one_graph_and_keeps_its_gradients(impl, backend, aux
     dead = torch.arange(96, device=DEVICE) % 3 == 0 if aux else None
     torch._dynamo.reset()
     compiled = torch.compile(step_loss, fullgraph=True, backend=backend)
+    found = []
     for run in (step_loss, compiled):
         total = run(x, dead, *weights, impl)
-        found = [total, *torch.autograd.grad(total, weights)]
-        expected = found if run is step_loss else expected
-    for before, after in zip(expected, found, strict=True):
+        found.append([total, *torch.autograd.grad(total, weights)])
+    for before, after in zip(*found, strict=True):
         assert torch.allclose(before, after, rtol=1e-5, atol=1e-5)
 
 

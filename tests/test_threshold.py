@@ -18,8 +18,8 @@ from fastsae_kernels import (
 from fastsae_kernels._dispatch import TRITON_INSTALLED
 from fastsae_kernels.threshold import eager, jumprelu_encode
 from parity import (
+    CASES,
     DEVICE,
-    IMPL_DTYPES,
     SHAPES,
     Shape,
     all_in,
@@ -126,8 +126,7 @@ def test_loss_without_a_gradient_is_the_same():
 
 
 @pytest.mark.parametrize("kind", ["relu", "one", "per_latent", "scaled"])
-@pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_encode_and_gradients_match_reference(shape, dtype, impl, kind, always_sparse):
     inputs = weights(shape)
     if kind == "scaled":
@@ -162,8 +161,7 @@ def jumprelu(inputs, impl, threshold):
     return code, l0, found
 
 
-@pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_each_jumprelu_loss_matches_reference(shape, dtype, impl, always_sparse):
     inputs = weights(shape) | {"threshold": lattice(shape.F).abs()}
 
@@ -405,6 +403,6 @@ def test_bad_arguments_are_refused():
 
 
 def test_more_entries_than_offsets_can_count_are_refused(monkeypatch):
-    monkeypatch.setattr(eager, "INT32_MAX", 9)
+    monkeypatch.setattr(eager, "MOST_ENTRIES", 9)
     with pytest.raises(ValueError, match="threshold must leave at most .*, got 10; encode fewer"):
         threshold_encode(torch.ones(2, 3), torch.ones(3, 5), torch.ones(5))

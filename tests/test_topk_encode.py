@@ -1,10 +1,27 @@
 import pytest
 import torch
 
-from fastsae_kernels import Impl, SparseCode, _dispatch, release_scratch, topk_encode, workspace
-from fastsae_kernels.topk import eager, function
-from parity import DEVICE, IMPL_DTYPES, SHAPES, Shape, all_in, check_parity, lattice, relative_error, weights
-
+from fastsae_kernels import (
+    Impl,
+    SparseCode,
+    _dispatch,
+    _encoder_pairs,
+    release_scratch,
+    topk_encode,
+    workspace,
+)
+from fastsae_kernels.topk import eager
+from parity import (
+    CASES,
+    DEVICE,
+    SHAPES,
+    Shape,
+    all_in,
+    check_parity,
+    lattice,
+    relative_error,
+    weights,
+)
 
 
 def encode(inputs, impl, k):
@@ -17,24 +34,25 @@ def encode(inputs, impl, k):
         scale=inputs.get("scale"),
         impl=impl,
     )
-    mix = torch.linspace(0.5, 1.5, code.acts.numel(), dtype=torch.float64, device=DEVICE).view_as(code.acts)
+    mix = torch.linspace(0.5, 1.5, code.acts.numel(), dtype=torch.float64, device=DEVICE).view_as(
+        code.acts
+    )
     return {"acts": code.acts, "indices": code.indices, "loss": (code.acts * mix).sum()}
 
 
-@pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_matches_reference(shape, dtype, impl):
     check_parity(lambda i, impl: encode(i, impl, shape.K), weights(shape), all_in(dtype), impl)
 
 
-@pytest.mark.parametrize("impl", [Impl.EAGER, Impl.TRITON])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scale_and_its_gradient_match_reference(shape, impl):
-    inputs = weights(shape) | {"scale": 2.0 ** torch.randint(-1, 2, (shape.F,), device=DEVICE).double()}
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
+def test_scale_and_its_gradient_match_reference(shape, dtype, impl):
+    inputs = weights(shape) | {
+        "scale": 2.0 ** torch.randint(-1, 2, (shape.F,), device=DEVICE).double()
+    }
     inputs["b_enc"] = torch.zeros(shape.F, dtype=torch.float64, device=DEVICE)
     # Powers of two times odd multiples of 2^-18: still exact, still distinct.
     inputs["b_enc"] += torch.randperm(shape.F, device=DEVICE).double() * 2.0**-15 + 2.0**-17
-    dtype = torch.float64 if impl is Impl.EAGER else torch.float32
     check_parity(lambda i, impl: encode(i, impl, shape.K), inputs, all_in(dtype), impl)
 
 
@@ -158,7 +176,7 @@ def test_leading_axes_and_memory_orders_do_not_matter():
 
 def test_half_precision_product_is_close_to_the_reference(monkeypatch):
     """What a GPU does with bf16 rows, run on the CPU: bf16 operands and product, the rest fp32."""
-    monkeypatch.setattr(function, "FP32_PRODUCT_DEVICES", ())
+    monkeypatch.setattr(_encoder_pairs, "FP32_PRODUCT_DEVICES", ())
     inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()} | {"b_dec": torch.zeros(32)}
     exact = encode(inputs, Impl.REFERENCE, 8)["acts"]
     acts = encode(inputs | {"x": inputs["x"].bfloat16()}, Impl.EAGER, 8)["acts"]

@@ -212,6 +212,19 @@ class TestStep:
         for name, value in found[0].items():
             assert relative_error(value, found[1][name]) < 1e-4, name
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_copies_for_the_products_are_the_weights_rounded_after_every_step(self, kind):
+        trainer = Trainer(config(kind=kind, compute_dtype="bfloat16"), device="cpu")
+        copies = dict(trainer.sae.compute_copies)
+        assert set(copies) == {"W_enc", "W_dec"}
+        for step in range(3):
+            trainer.step(ROWS.rows[step * B : (step + 1) * B])
+            for name, copy in copies.items():
+                weight = getattr(trainer.sae, name)
+                assert copy.stride() == weight.stride()
+                assert torch.equal(copy, weight.bfloat16())
+        assert trainer.export().compute_copies == {}
+
     def test_bfloat16_products_move_float32_weights_about_the_same(self):
         losses = {}
         for dtype in ("float32", "bfloat16"):

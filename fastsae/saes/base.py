@@ -131,6 +131,8 @@ class SAE(nn.Module, ABC):
         self.W_enc = nn.Parameter(W_dec.to(dtype).clone().t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self.compute_copies: dict[str, Tensor] = {}
+        """W_enc and W_dec in the dtype of the products, kept up to date by whoever trains."""
         self._undo: tuple[Tensor, Tensor | None] | None = None
         self._heads: torch.Size | None = None
 

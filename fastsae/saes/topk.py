@@ -56,6 +56,7 @@ class TopKSAE(SAE):
             self.cfg.k,
             b_pre=self.b_pre,
             scale=scale,
+            W_compute=self.compute_copies.get("W_enc"),
             impl=self.impl,
         )
 
@@ -68,7 +69,14 @@ class TopKSAE(SAE):
         scale = None if scale is None else scale.detach()
         code = self._encode(x, scale)
         unscaled = _divided(code, scale)
-        mse, _, err = mse_l1_loss(x, unscaled, self.W_dec, self.b_dec, impl=self.impl)
+        mse, _, err = mse_l1_loss(
+            x,
+            unscaled,
+            self.W_dec,
+            self.b_dec,
+            W_compute=self.compute_copies.get("W_dec"),
+            impl=self.impl,
+        )
         total, terms = mse, {"mse": mse.detach()}
         if dead is not None and self.cfg.aux_loss_coefficient:
             auxk = self.cfg.aux_loss_coefficient * aux_topk(

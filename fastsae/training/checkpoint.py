@@ -76,6 +76,7 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         )
     saved = SAE.load_from_disk(path, device=trainer.device)
     trainer.sae.load_state_dict(saved.state_dict())
+    trainer.copy_weights()
     fused = trainer.optimizer.defaults.get("fused")  # torch's keeps the step beside the moments
     for name, parameter in trainer.sae.named_parameters():
         trainer.optimizer.state[parameter] = {

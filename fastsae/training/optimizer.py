@@ -32,6 +32,13 @@ def build_optimizer(sae: SAE, cfg: OptimizerConfig, lr: float) -> "RowAdam | Pla
     return kind(sae.parameters(), lr=lr, betas=cfg.betas, eps=cfg.eps)
 
 
+def compute_copies(sae: SAE, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the dictionary in a narrower `dtype`, in its memory order; else none."""
+    if dtype.itemsize >= sae.dtype.itemsize:
+        return {}
+    return {name: getattr(sae, name).detach().to(dtype) for name in ("W_enc", "W_dec")}
+
+
 def restore_memory_order(like: Tensor, values: Tensor) -> Tensor:
     """`values` with the strides of `like`: files are row-major, W_enc is not."""
     return torch.empty_like(like, dtype=values.dtype).copy_(values)
@@ -54,6 +61,8 @@ class PlainAdam(torch.optim.Adam):
 
     def __init__(self, params: Iterable[nn.Parameter], **kwargs: Any) -> None:
         super().__init__(params, fused=True, **kwargs)
+        self.copies: dict[nn.Parameter, Tensor] = {}
+        """Of parameters, in another dtype: written anew at each step."""
 
     def release(self) -> None:
         """Nothing is held."""
@@ -76,7 +85,11 @@ class PlainAdam(torch.optim.Adam):
                 for name in MOMENTS:
                     if name in self.state[p]:
                         check_strides(name, self.state[p][name], p)
-        return super().step(closure)
+        result = super().step(closure)
+        with torch.no_grad():
+            for p, copy in self.copies.items():
+                copy.copy_(p)
+        return result
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -97,6 +110,8 @@ class RowAdam(torch.optim.Optimizer):
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         self._row_grads = {p: collect_row_grads(p) for p in self._parameters if p.ndim == 2}
         self._factor: Tensor | None = None
+        self.copies: dict[nn.Parameter, Tensor] = {}
+        """Of parameters, in another dtype: written in the same pass as they are."""
 
     def release(self) -> None:
         """Give the weights back to ordinary autograd: backward fills `.grad` again."""
@@ -123,6 +138,7 @@ class RowAdam(torch.optim.Optimizer):
                 for name in MOMENTS:
                     check_strides(name, state[name], p)
                 state["step"] += 1
+                copy = self.copies.get(p)
                 row_adam(
                     _rows(p),
                     self._gradient(p),
@@ -132,6 +148,7 @@ class RowAdam(torch.optim.Optimizer):
                     betas=group["betas"],
                     eps=group["eps"],
                     grad_scale=self._factor,
+                    copy=None if copy is None else _rows(copy),
                 )
         self._factor = None
 

@@ -17,7 +17,7 @@ from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save
 from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
 from fastsae.training.log import RunLog
-from fastsae.training.optimizer import build_optimizer, lr_factor
+from fastsae.training.optimizer import build_optimizer, compute_copies, lr_factor
 
 NEVER_FIRED_FREQUENCY = 1e-10  # what SAELens adds before the logarithm
 
@@ -48,12 +48,19 @@ class Trainer:
         self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr)
         self.dead = DeadLatents(cfg.sae.d_sae, cfg.dead_window or 0, self.device)
         self.compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
+        self.copy_weights()
         self.steps_done = 0
         self.scale = 1.0
         self.out = out
         self.log = RunLog(None if out is None else out / "metrics.jsonl")
         self.metrics: dict[str, Any] = {}
         self.training_seconds = 0.0
+
+    def copy_weights(self) -> None:
+        """Make the copies that the products read; from here on the optimizer keeps them."""
+        copies = compute_copies(self.sae, self.compute_dtype)
+        self.sae.compute_copies = copies
+        self.optimizer.copies = {getattr(self.sae, name): copy for name, copy in copies.items()}
 
     @torch.no_grad()
     def initialise(self, rows: Float[Tensor, "N D"]) -> None:
@@ -120,6 +127,7 @@ class Trainer:
         if self.out is not None and not self._is_saved(self.steps_done):
             self.save()
         self.optimizer.release()
+        self.sae.compute_copies = {}
         return self.export()
 
     def step(self, x: Float[Tensor, "B D"]) -> SAELoss:
@@ -148,6 +156,7 @@ class Trainer:
     def export(self) -> SAE:
         """A copy that takes rows as they are: activation scale and decoder norms folded in."""
         sae = copy.deepcopy(self.sae)
+        sae.compute_copies = {}
         sae.fold_activation_scale(self.scale)
         if sae.can_fold_W_dec_norm:
             sae.fold_W_dec_norm()

@@ -17,9 +17,12 @@ from fastsae_kernels.decode import sparse_decode as sparse_decode
 from fastsae_kernels.grouping import group_by_latent as group_by_latent
 from fastsae_kernels.loss import MSEL1 as MSEL1
 from fastsae_kernels.loss import mse_l1_loss as mse_l1_loss
+from fastsae_kernels.optimizer import lazy_row_adam as lazy_row_adam
 from fastsae_kernels.optimizer import row_adam as row_adam
 from fastsae_kernels.optimizer import row_grad_norm as row_grad_norm
+from fastsae_kernels.threshold import JumpReLUCode as JumpReLUCode
 from fastsae_kernels.threshold import ReLUL1 as ReLUL1
+from fastsae_kernels.threshold import jumprelu_encode as jumprelu_encode
 from fastsae_kernels.threshold import relu_l1_loss as relu_l1_loss
 from fastsae_kernels.threshold import threshold_encode as threshold_encode
 from fastsae_kernels.topk import topk_encode as topk_encode

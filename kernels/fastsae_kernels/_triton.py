@@ -9,6 +9,10 @@ from torch import Tensor
 
 from fastsae_kernels._dispatch import interpreted
 
+# `triton.jit` as a type checker should see it: it takes `kernel[grid](..., num_warps=4)` for an
+# ordinary call, and a kernel's body for ordinary Python.
+jit: Any = triton.jit
+
 # Triton's interpreter multiplies bf16 operands of `tl.dot` wrongly without a word, so kernels widen
 # them there; on a device the constant is False and nothing is widened.
 UPCAST_DOTS = interpreted()

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_ENTRIES = 2**31 - 1
+"""Of a ragged code, whose row offsets are int32."""
+
 
 class LatentGroups(NamedTuple):
     """The active pairs (row, latent) of a code, sorted by latent, rows ascending within one."""

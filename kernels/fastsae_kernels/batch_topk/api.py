@@ -2,9 +2,7 @@ from torch import Tensor
 
 from fastsae_kernels._checks import check_float, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
-from fastsae_kernels.code import RaggedCode
-
-INT32_MAX = 2**31 - 1
+from fastsae_kernels.code import MOST_ENTRIES, RaggedCode
 
 
 def batch_topk_encode(
@@ -59,7 +57,7 @@ def batch_topk_encode(
         check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
     n_kept = int(k * x.shape[0])
-    if n_kept > INT32_MAX:
+    if n_kept > MOST_ENTRIES:
         raise ValueError(
             f"k must keep at most 2^31 - 1 of a batch's entries (row offsets are int32), got {k} "
             f"over {x.shape[0]} rows"

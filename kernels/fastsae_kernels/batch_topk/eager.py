@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._workspace import scratch, workspace_bytes
-from fastsae_kernels.topk.eager import _score
+from fastsae_kernels.topk.eager import score
 
 # Bytes a value of a block takes while it becomes a candidate and candidates are cut.
 BYTES_A_CANDIDATE = 64
@@ -26,7 +26,7 @@ def select_batch_topk(
     weight = W_enc.to(x.dtype)
     largest = _Largest(n_kept, buffer)
     for start in range(0, len(x) if n_kept else 0, n_rows):
-        scores = _score(x[start : start + n_rows], weight, b_enc, scale, buffer)
+        scores = score(x[start : start + n_rows], weight, b_enc, scale, buffer)
         first = start * d_sae
         for part in scores.view(-1).split(half // BYTES_A_CANDIDATE):
             largest.add(part, first)

@@ -2,9 +2,9 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
+from fastsae_kernels._encoder_pairs import Encoder, product_rows, with_gradients
 from fastsae_kernels.batch_topk.ops import select_batch_topk
 from fastsae_kernels.code import RaggedCode
-from fastsae_kernels.threshold.pairs import Encoder, product_rows, with_gradients
 
 
 def batch_topk_encode(
@@ -21,5 +21,7 @@ def batch_topk_encode(
     with torch.no_grad():
         centred, rows = product_rows(x, b_pre)
         weight = W_enc if W_compute is None else W_compute
-        code = RaggedCode(*select_batch_topk(rows, weight, b_enc, n_kept, scale, impl))
-    return with_gradients(code, code.acts, encoder, centred, impl)
+        found = select_batch_topk(rows, weight, b_enc, n_kept, scale, impl)
+    row_offsets, indices, acts = found
+    acts, groups = with_gradients(*found, acts, encoder, centred, impl)
+    return RaggedCode(row_offsets, indices, acts, groups)

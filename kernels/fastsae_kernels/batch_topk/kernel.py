@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import Spec, device_of, padded
+from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.topk.kernel import (
     LOWEST,
     affine,
@@ -27,7 +27,7 @@ from fastsae_kernels.topk.kernel import (
 )
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _list_groups(
     first_keys,
     first_members,

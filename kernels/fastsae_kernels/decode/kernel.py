@@ -5,7 +5,6 @@ fp32 sums that stay in registers. Nothing is allocated but the output. Sums have
 same input gives the same bits.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's types give a launch the parameters of the kernel, without num_warps.
 
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import Spec, device_of, padded
+from fastsae_kernels._triton import Spec, device_of, jit, padded
 
 ROW_BYTES = 512
 """Of one row in a warp's load: 32 threads of 16 bytes. Narrower rows take what they have."""
@@ -142,7 +141,7 @@ def warp_cols(weight: Tensor) -> int:
     return min(ROW_BYTES // weight.element_size(), padded(weight.shape[1]))
 
 
-@triton.jit
+@jit
 def row_span(row_offsets_ptr, row, n_slots):
     """Where the entries of a row (or of several) begin, in int64, and how many there are."""
     if row_offsets_ptr is None:
@@ -152,7 +151,7 @@ def row_span(row_offsets_ptr, row, n_slots):
         return first, (tl.load(row_offsets_ptr + row + 1) - first).to(tl.int32)
 
 
-@triton.jit
+@jit
 def add_rows(
     acc, slot, n_slots, indices_ptr, acts_ptr, weight_ptr, stride, col_live, DEPTH: tl.constexpr
 ):
@@ -169,7 +168,7 @@ def add_rows(
     return acc + tl.sum(tl.reshape(terms, [DEPTH, acc.shape[0], acc.shape[1]]), 0)
 
 
-@triton.jit
+@jit
 def slot_dots(
     slot,
     n_slots,
@@ -202,7 +201,7 @@ def slot_dots(
     return tl.sum(acc, 1)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_slots"])
+@jit(do_not_specialize=["n_rows", "n_slots"])
 def _gather_sum_kernel(
     x_hat_ptr,
     row_offsets_ptr,
@@ -245,7 +244,7 @@ def _gather_sum_kernel(
     tl.store(x_hat_ptr + row.to(tl.int64) * n_cols + col, acc, mask=(row < n_rows) & live)
 
 
-@triton.jit(do_not_specialize=["n_slots"])
+@jit(do_not_specialize=["n_slots"])
 def _pair_dots_kernel(
     dots_ptr,
     row_offsets_ptr,

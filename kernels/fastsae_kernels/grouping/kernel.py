@@ -20,11 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import Spec, device_of, padded
+from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.code import LatentGroups
-
-# A type checker takes a launch for a call of the function that is decorated.
-jit: Any = triton.jit
 
 CHUNK = 256
 """Pairs that one program adds up."""

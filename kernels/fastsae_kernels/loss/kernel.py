@@ -10,7 +10,6 @@ the registers. Nothing is allocated but the outputs. Sums have a fixed order: th
 the same bits.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's types give a launch the parameters of the kernel, without num_warps.
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import Spec, device_of, padded
+from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.decode.kernel import (
     DOT_SLOTS,
     DOT_WARPS,
@@ -119,7 +118,7 @@ def _decode_tile(n_cols: int, element_size: int) -> tuple[int, int]:
     return min(DOT_WARPS, DOT_WARPS * ROW_BYTES // element_size // cols), cols
 
 
-@triton.jit(do_not_specialize=["n_slots"])
+@jit(do_not_specialize=["n_slots"])
 def _mse_l1_kernel(
     row_mse_ptr,
     row_l1_ptr,

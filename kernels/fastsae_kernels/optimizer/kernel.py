@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels._row_grads import RowGrad
-from fastsae_kernels._triton import Spec, device_of, padded
+from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.grouping.kernel import (
     PAIR_POINTERS,
     chunk_of,
     columns_of,
-    jit,
     latent_sum,
     pair_arguments,
     segment_sum,
@@ -81,7 +80,8 @@ def _update(state: RowState, merged: MergedGrad, rule: Rule, lazy: bool) -> None
     n_rows, n_cols = state.weight.shape
     if state.weight.numel() == 0:
         return
-    cols, warps = _row_shape(n_cols)
+    cols, warps, registers = _row_shape(n_cols)
+    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
     with device_of(state.weight):
         _row_adam_kernel[n_rows,](
             *state,
@@ -96,6 +96,7 @@ def _update(state: RowState, merged: MergedGrad, rule: Rule, lazy: bool) -> None
             RENORMALISE=rule.renormalise,
             LAZY=lazy,
             num_warps=warps,
+            **limit,
         )
 
 
@@ -151,17 +152,19 @@ def _gradient_arguments(merged: MergedGrad) -> tuple[Any, ...]:
     return *pair_arguments(pairs.groups, pairs.coef, pairs.operand), values, table
 
 
-def _row_shape(n_cols: int) -> tuple[int, int]:
-    """The columns of a row's program and its warps, each thread having twelve columns at least.
+def _row_shape(n_cols: int) -> tuple[int, int, int | None]:
+    """The columns of a row's program, its warps, and the registers of a thread.
 
-    By registers compiled for sm_90: more columns a thread share its addresses and masks, so that
-    more rows are in flight on a multiprocessor (90 KB of loads at D = 768, 81 at 2,304, 96 at
-    4,096; twice as many warps hold 72, 54 and 48).
+    Each thread has twelve columns at least: they share its addresses and masks, so that more rows
+    are in flight on a multiprocessor. By registers compiled for sm_90 these are 90 KB of loads at
+    D = 768, 81 at 2,304, 96 at 4,096; with twice as many warps 72, 54 and 48.
     """
     warps = 16
     while warps > 1 and n_cols < 12 * 32 * warps:
         warps //= 2
-    return padded(n_cols), warps
+    # Two programs of 256 threads fit either way; unbounded, ptxas may spill to make it three.
+    registers = 128 if warps == 8 and n_cols <= 4096 else None
+    return padded(n_cols), warps, registers
 
 
 @jit
@@ -356,7 +359,7 @@ def specs() -> Iterator[Spec]:
     }
     for dtype in ("bf16", "fp32", "fp16"):
         for n_cols in (768, 2304, 4096, 8192, 100):
-            cols, warps = _row_shape(n_cols)
+            cols, warps, registers = _row_shape(n_cols)
             sizes = {"D": n_cols, "COLS": cols, "CHUNK": chunk_of(n_cols)}
             default = dtype != "fp16" and n_cols in (768, 2304, 4096)
             for name, (pointers, flags) in {**usual, **unusual}.items():
@@ -380,6 +383,7 @@ def specs() -> Iterator[Spec]:
                         **{"PROJECT": False, "RENORMALISE": False, "LAZY": False, **flags},
                     },
                     num_warps=warps,
+                    max_registers=registers,
                     default=default and (name in usual or (dtype, n_cols) == ("bf16", 2304)),
                 )
             cols = min(_NORM_COLS, cols)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._workspace import scratch, workspace_bytes
-from fastsae_kernels.topk.eager import _score
+from fastsae_kernels.code import MOST_ENTRIES
+from fastsae_kernels.topk.eager import score
 
 # Bytes an element of a block takes while its entries are found: a mask and an int64 position.
 BYTES_A_CANDIDATE = 10
-INT32_MAX = 2**31 - 1
 
 
 def select_above(
@@ -26,7 +26,7 @@ def select_above(
     nnz, row_offsets = 0, [row_ends.new_zeros(1)]
     indices, values = [row_ends[:0].int()], [limit[:0]]
     for rows in x.split(n_rows):
-        for scores in _score(rows, weight, b_enc, scale, buffer).split(n_searched):
+        for scores in score(rows, weight, b_enc, scale, buffer).split(n_searched):
             # "Not at or below" rather than "above": NaN passes and stays visible.
             above = (scores <= limit).logical_not_()
             places = above.view(-1).nonzero().squeeze(1)
@@ -34,7 +34,7 @@ def select_above(
             values.append(scores.view(-1)[places])
             indices.append(places.remainder_(d_sae).int())
             nnz += len(places)
-    if nnz > INT32_MAX:
+    if nnz > MOST_ENTRIES:
         raise ValueError(
             f"threshold must leave at most 2^31 - 1 entries (row offsets are int32), got {nnz}; "
             "encode fewer rows at a time"

@@ -5,12 +5,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsae_kernels._dispatch import Impl
+from fastsae_kernels._encoder_pairs import Encoder, product_rows, with_gradients
 from fastsae_kernels._row_grads import RowGrad, emit_dense, row_grads_of
 from fastsae_kernels.code import RaggedCode, entry_rows
 from fastsae_kernels.grouping.eager import group_by_latent
 from fastsae_kernels.grouping.ops import segment_total
 from fastsae_kernels.threshold.ops import relu_l1_sums, select_above
-from fastsae_kernels.threshold.pairs import Encoder, product_rows, with_gradients
 
 
 def threshold_encode(
@@ -31,8 +31,10 @@ def threshold_encode(
         else:
             limit = torch.full_like(b_enc, threshold, dtype=centred.dtype)
         weight = W_enc if W_compute is None else W_compute
-        code = RaggedCode(*select_above(rows, weight, b_enc, scale, limit, impl))
-    return with_gradients(code, code.acts, encoder, centred, impl)
+        found = select_above(rows, weight, b_enc, scale, limit, impl)
+    row_offsets, indices, acts = found
+    acts, groups = with_gradients(*found, acts, encoder, centred, impl)
+    return RaggedCode(row_offsets, indices, acts, groups)
 
 
 def jumprelu_encode(
@@ -50,14 +52,13 @@ def jumprelu_encode(
         centred, rows = product_rows(x, b_pre)
         theta = threshold.to(centred.dtype)
         weight = W_enc if W_compute is None else W_compute
-        band = RaggedCode(*select_above(rows, weight, b_enc, None, theta - bandwidth / 2, impl))
+        band = select_above(rows, weight, b_enc, None, theta - bandwidth / 2, impl)
+        row_offsets, indices, pre_acts = band
         # "Not at or below" rather than "above": NaN passes and stays visible.
-        above = (band.acts <= theta.index_select(0, band.indices)).logical_not_()
-    code = with_gradients(band, above, encoder, centred, impl)
-    acts, l0 = _JumpReLU.apply(
-        code.acts, threshold, above, code.row_offsets, code.indices, bandwidth, impl
-    )
-    return code._replace(acts=acts), l0
+        above = (pre_acts <= theta.index_select(0, indices)).logical_not_()
+    pre_acts, groups = with_gradients(*band, above, encoder, centred, impl)
+    acts, l0 = _JumpReLU.apply(pre_acts, threshold, above, row_offsets, indices, bandwidth, impl)
+    return RaggedCode(row_offsets, indices, acts, groups), l0
 
 
 class _JumpReLU(torch.autograd.Function):

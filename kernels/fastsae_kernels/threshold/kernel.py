@@ -8,7 +8,7 @@ waits once, for the number of entries and of listed groups. Temporary memory: 9 
 and group, 256 bytes for each listed group of 64, and 40 bytes an entry.
 
 Where groups that hold several are the rule, as in a ReLU SAE that has not been trained, a dense
-product by chunks is faster: `eager` does it.
+product by chunks is faster: `select_above` leaves it to `eager`.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import Spec, device_of, padded
-from fastsae_kernels.threshold.eager import INT32_MAX
-from fastsae_kernels.threshold.eager import select_above as dense_select_above
+from fastsae_kernels._triton import Spec, device_of, jit, padded
+from fastsae_kernels.code import MOST_ENTRIES
 from fastsae_kernels.topk.kernel import (
     GROUP_SIZES,
     Layout,
@@ -36,7 +35,7 @@ DENSE_ABOVE = 1 / 16
 """Share of the groups that may be listed before the dense product takes over."""
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _list_counted_groups(
     first_keys,
     first_members,
@@ -81,10 +80,11 @@ def _list_counted_groups(
 
 def select_above(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, limit: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """None where the code is so dense, or so empty, that `eager` should make it."""
     n_rows, d_sae = len(x), W_enc.shape[1]
     if n_rows == 0:
-        return dense_select_above(x, W_enc, b_enc, scale, limit)
+        return None
     x, (offset, factor) = x.contiguous(), affine(b_enc, scale)
     found = group_top2(x, W_enc, offset, GROUP_SIZES[0], factor, True, limit)
     counts = found.second_keys
@@ -92,14 +92,13 @@ def select_above(
     row_ends = counts.sum(1, dtype=torch.int64).cumsum(0)
     list_ends = several.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     nnz, n_listed = torch.stack([row_ends[-1], list_ends[-1]]).tolist()  # the host waits
-    if nnz > INT32_MAX:
+    if nnz > MOST_ENTRIES:
         raise ValueError(
             f"threshold must leave at most 2^31 - 1 entries (row offsets are int32), got {nnz}; "
             "encode fewer rows at a time"
         )
     if n_listed > DENSE_ABOVE * counts.numel():
-        del found, counts, several
-        return dense_select_above(x, W_enc, b_enc, scale, limit)
+        return None
     row_offsets = torch.nn.functional.pad(row_ends, (1, 0)).int()
     listed = torch.empty(3, n_listed, dtype=torch.int32, device=x.device)
     keys = torch.empty(nnz + 1, dtype=torch.int32, device=x.device)

@@ -23,9 +23,13 @@ def _select_above(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, limit: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == Impl.TRITON:
-        from fastsae_kernels.threshold.kernel import select_above as run
-    else:
-        from fastsae_kernels.threshold.eager import select_above as run
+        from fastsae_kernels.threshold.kernel import select_above as run_sparse
+
+        found = run_sparse(x, W_enc, b_enc, scale, limit)
+        if found is not None:
+            return found
+    from fastsae_kernels.threshold.eager import select_above as run
+
     return run(x, W_enc, b_enc, scale, limit)
 
 

@@ -36,7 +36,7 @@ def select_topk(
         best = _Best(acts[rows], floor)
         for columns in _column_blocks(W_enc.shape[1], n_columns):
             part = None if scale is None else scale[columns]
-            scores = _score(x[rows], W_enc[:, columns], b_enc[columns], part, buffer)
+            scores = score(x[rows], W_enc[:, columns], b_enc[columns], part, buffer)
             best.merge(scores, columns.start)
         acts[rows], indices[rows] = best.finish(W_enc.shape[1])
     return acts, indices
@@ -61,7 +61,7 @@ def _column_blocks(d_sae: int, n_columns: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
 
-def _score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor) -> Tensor:
+def score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer: Tensor) -> Tensor:
     """[B, C]: (x W_enc + b_enc) * scale, written into `buffer`."""
     out = buffer[: x.shape[0] * W_enc.shape[1]].view(x.shape[0], W_enc.shape[1])
     if x.dtype == out.dtype:

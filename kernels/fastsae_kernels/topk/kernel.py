@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import UPCAST_DOTS, Spec, device_of, padded
+from fastsae_kernels._triton import Spec, UPCAST_DOTS, device_of, jit, padded
 
 LOWEST = tl.constexpr(-(2**31))
 """Below every key: a column that does not exist."""
@@ -63,7 +63,7 @@ def group_size(d_sae: int, k: int) -> int:
     return next((size for size in GROUP_SIZES if d_sae // size >= 4 * k), GROUP_SIZES[-1])
 
 
-@triton.jit
+@jit
 def _keys(values, SIGNED: tl.constexpr):
     """int32 keys in the order of fp32 values, of their ReLU unless SIGNED; NaN above all."""
     if SIGNED:
@@ -74,13 +74,13 @@ def _keys(values, SIGNED: tl.constexpr):
     return positive.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit
+@jit
 def _values(keys):
     """The fp32 values of keys."""
     return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _group_top2(
     x,
     W_enc,
@@ -176,19 +176,19 @@ def _group_top2(
     tl.store(second_keys + at, second, mask=stored)
 
 
-@triton.jit
+@jit
 def column(groups, members, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     N: tl.constexpr = COLUMNS // SIZE
     return groups // N * COLUMNS + members * N + groups % N
 
 
-@triton.jit
+@jit
 def _entry(keys, columns):
     """int64 in the order of an entry's rank: by key, the lower column first among equals."""
     return (keys.to(tl.int64) << 32) | (columns ^ HIGHEST).to(tl.int64)
 
 
-@triton.jit
+@jit
 def _load_keys(at, groups, n_groups, first_keys, second_keys):
     inside = (groups < n_groups)[None, :]
     first = tl.load(first_keys + at[:, None] + groups[None, :], mask=inside, other=LOWEST)
@@ -196,7 +196,7 @@ def _load_keys(at, groups, n_groups, first_keys, second_keys):
     return first, second
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _select_groups(
     first_keys,
     first_members,
@@ -302,13 +302,13 @@ def _select_groups(
         start += SLOTS
 
 
-@triton.jit
+@jit
 def _larger(others, entries):
     """[R, N]: how many of `others` [R, M] are larger than each of `entries` [R, N]."""
     return tl.sum((others[:, None, :] > entries[:, :, None]).to(tl.int32), 2)
 
 
-@triton.jit
+@jit
 def _score_groups(
     x,
     W_enc,
@@ -356,7 +356,7 @@ def _score_groups(
         tl.store(keys + number.to(tl.int64) * SIZE + members, tl.full((SIZE,), LOWEST, tl.int32))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _merge_open_groups(
     x,
     W_enc,

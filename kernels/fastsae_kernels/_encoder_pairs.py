@@ -1,4 +1,4 @@
-"""What every ragged encode does around its selection: the rows of the product, the gradients."""
+"""What every encode does around its selection: the rows of the product, and the gradients."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,13 @@ from torch.autograd.function import once_differentiable
 
 from fastsae_kernels._dispatch import Impl
 from fastsae_kernels._row_grads import RowGrad, emit_pairs, row_grads_of
-from fastsae_kernels.code import LatentGroups, RaggedCode
+from fastsae_kernels.code import LatentGroups
 from fastsae_kernels.decode.ops import gather_sum
 from fastsae_kernels.grouping.eager import group_by_latent
 from fastsae_kernels.grouping.ops import segment_total
-from fastsae_kernels.topk.function import FP32_PRODUCT_DEVICES
+
+# There a half-precision product is emulated, several times slower than fp32.
+FP32_PRODUCT_DEVICES = ("cpu",)
 
 
 class Encoder(NamedTuple):
@@ -38,28 +40,27 @@ def product_rows(x: Tensor, b_pre: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def with_gradients(
-    code: RaggedCode, active: Tensor, encoder: Encoder, centred: Tensor, impl: Impl
-) -> RaggedCode:
-    """The same code with groups, and with gradients from its acts to what the encoder learns.
+    row_offsets: Tensor | None,
+    indices: Tensor,
+    acts: Tensor,
+    active: Tensor,
+    encoder: Encoder,
+    centred: Tensor,
+    impl: Impl,
+) -> tuple[Tensor, LatentGroups | None]:
+    """The same acts with gradients to what the encoder learns, and the pairs by latent.
 
-    `active` [nnz] is non-zero at the pairs of the groups, those with a gradient: the acts of the
-    others are 0 or their gradient comes in as 0.
+    Of a flattened code: `indices` and `acts` are [B, K], or [nnz] with `row_offsets` [B + 1].
+    `active`, of the same shape, is non-zero at the pairs of the groups, those with a gradient: the
+    acts of the others are 0 or their gradient comes in as 0.
     """
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in encoder)):
-        return code
-    groups = group_by_latent(code.row_offsets, code.indices, active, encoder.W_enc.shape[1])
-    acts = _Pairs.apply(
-        *encoder,
-        centred,
-        code.row_offsets,
-        code.indices,
-        code.acts,
-        impl,
-        row_grads_of(encoder.W_enc),
-        *groups,
-    )
-    assert isinstance(acts, Tensor)
-    return RaggedCode(code.row_offsets, code.indices, acts, groups)
+        return acts, None
+    groups = group_by_latent(row_offsets, indices, active, encoder.W_enc.shape[1])
+    sink = row_grads_of(encoder.W_enc)
+    learned = _Pairs.apply(*encoder, centred, row_offsets, indices, acts, impl, sink, *groups)
+    assert isinstance(learned, Tensor)
+    return learned, groups
 
 
 class _Pairs(torch.autograd.Function):
@@ -74,7 +75,7 @@ class _Pairs(torch.autograd.Function):
         b_pre: Tensor | None,
         scale: Tensor | None,
         centred: Tensor,
-        row_offsets: Tensor,
+        row_offsets: Tensor | None,
         indices: Tensor,
         values: Tensor,
         impl: Impl,
@@ -96,12 +97,13 @@ class _Pairs(torch.autograd.Function):
         d_pre = torch.where(values != 0, g, 0)
         d_x = d_W = d_b = d_b_pre = d_scale = None
         if scale is not None:
-            picked = scale.to(d_pre.dtype).index_select(0, indices)
+            picked = scale.to(d_pre.dtype)[indices.long()]
             if needs_scale:
                 per_pair = torch.where(picked != 0, d_pre * values / picked, 0)
-                d_scale = segment_total(groups, per_pair[groups.pairs], impl).to(scale.dtype)
+                d_scale = segment_total(groups, per_pair.reshape(-1)[groups.pairs], impl)
+                d_scale = d_scale.to(scale.dtype)
             d_pre = d_pre * picked
-        coef = d_pre[groups.pairs]
+        coef = d_pre.reshape(-1)[groups.pairs]
         if needs_x:
             d_x = gather_sum(row_offsets, indices, d_pre, W_enc.t().contiguous(), impl).to(x_dtype)
         if needs_W:
