@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fastsae_kernels import aux_topk, workspace
+from fastsae_kernels import Impl, aux_topk, workspace
 from fastsae_kernels.auxk import eager
-from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
+from parity import CASES, DEVICE, SHAPES, Shape, all_in, check_parity, lattice, weights
 
 
 def losses_for(dead):
@@ -36,6 +36,14 @@ def test_loss_and_gradients_match_reference(shape, fraction, scaled, dense, monk
     if scaled:
         inputs["scale"] = torch.full((shape.F,), 0.5, dtype=torch.float64)
     check_parity(losses_for(dead), inputs, all_in(torch.float32))
+
+
+@pytest.mark.parametrize("impl, dtype, shape", [c for c in CASES if c.values[0] is Impl.TRITON])
+def test_kernels_match_reference(shape, dtype, impl, monkeypatch):
+    monkeypatch.setattr(eager, "DENSE_BELOW", 0)
+    dead = torch.arange(shape.F, device=DEVICE) % 3 != 1
+    inputs = weights(shape) | {"err": lattice(shape.B, shape.D)}
+    check_parity(losses_for(dead), inputs, all_in(dtype), impl)
 
 
 def test_gradient_reaches_the_encoder():

@@ -7,21 +7,19 @@ from fastsae_kernels import (
     RaggedCode,
     SparseCode,
     group_by_latent,
+    index_checks,
     mse_l1_loss,
     sparse_decode,
     threshold_encode,
     workspace,
 )
-from parity import SHAPES, Shape, all_in, check_parity, lattice, weights
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-ids = lambda d: str(d).removeprefix("torch.")
+from parity import CASES, DEVICE, SHAPES, Shape, all_in, check_parity, lattice, weights
 
 
 def code_of(shape, repeated=False):
     """A code with some acts of 0; `repeated` makes all rows share their latents."""
     n = 1 if repeated else shape.B
-    indices = torch.stack([torch.randperm(shape.F)[: shape.K] for _ in range(n)])
+    indices = torch.stack([torch.randperm(shape.F, device=DEVICE)[: shape.K] for _ in range(n)])
     acts = lattice(shape.B, shape.K).abs()
     return acts, indices.expand(shape.B, -1).int().contiguous()
 
@@ -42,9 +40,8 @@ def test_groups_match_reference(shape):
 
 
 @pytest.mark.parametrize("repeated", [False, True], ids=["spread", "repeated"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_decode_matches_reference(shape, dtype, repeated):
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
+def test_decode_matches_reference(shape, dtype, impl, repeated):
     acts, indices = code_of(shape, repeated)
     inputs = weights(shape) | {"acts": acts}
     mix = lattice(shape.B, shape.D)
@@ -54,27 +51,81 @@ def test_decode_matches_reference(shape, dtype, repeated):
         return {"x_hat": x_hat, "loss": (x_hat * mix).sum()}
 
     wide = torch.promote_types(dtype, torch.float32)
-    check_parity(losses, inputs, all_in(dtype) | {"acts": wide})
+    check_parity(losses, inputs, all_in(dtype) | {"acts": wide}, impl)
+
+
+def ragged_code_of(shape):
+    """Rows of 0 to K entries, some of them 0: acts and the rest of the code."""
+    acts, indices = code_of(shape)
+    counts = torch.arange(shape.B, device=DEVICE) % (shape.K + 1)
+    kept = torch.arange(shape.K, device=DEVICE) < counts[:, None]
+    row_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    return acts[kept], row_offsets, indices[kept]
+
+
+def loss_terms(i, code, impl):
+    optional = {"row_weight": i["row_weight"].detach()} if "row_weight" in i else {}
+    found = mse_l1_loss(
+        i["x"], code, i["W_dec"], i["b_dec"], i.get("l1_weight"), impl=impl, **optional
+    )
+    both = found.mse + 0.25 * found.l1
+    return {"mse": found.mse, "l1": found.l1, "err": found.err, "both": both}
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_loss_term_matches_reference(shape, dtype, weighted):
-    acts, indices = code_of(shape)
+@pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
+def test_each_loss_term_matches_reference(shape, dtype, impl, ragged, weighted):
+    acts, *rest = ragged_code_of(shape) if ragged else code_of(shape)
     signed = acts * torch.where(torch.rand_like(acts) < 0.2, -1.0, 1.0)
     inputs = weights(shape) | {"acts": signed}
     if weighted:
         inputs["l1_weight"] = lattice(shape.F).abs()
+        inputs["row_weight"] = lattice(shape.B).abs() + 0.125
+
+    def losses(i, impl):
+        code = RaggedCode(*rest, i["acts"]) if ragged else SparseCode(i["acts"], *rest)
+        return loss_terms(i, code, impl)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    check_parity(losses, inputs, all_in(dtype) | {"acts": wide, "row_weight": wide}, impl)
+
+
+@pytest.mark.parametrize("impl, dtype, shape", CASES)
+def test_several_targets_match_reference(shape, dtype, impl):
+    """W_dec [F, T, D_out], D_out other than D: what transcoders and crosscoders decode to."""
+    acts, indices = code_of(shape)
+    inputs = {
+        "x": lattice(shape.B, 3, 5),
+        "acts": acts,
+        "W_dec": lattice(shape.F, 3, 5),
+        "b_dec": lattice(3, 5),
+    }
 
     def losses(i, impl):
         code = SparseCode(i["acts"], indices)
-        found = mse_l1_loss(i["x"], code, i["W_dec"], i["b_dec"], i.get("l1_weight"), impl=impl)
-        both = found.mse + 0.25 * found.l1
-        return {"mse": found.mse, "l1": found.l1, "err": found.err, "both": both}
+        x_hat = sparse_decode(code, i["W_dec"], i["b_dec"], impl=impl)
+        assert x_hat.shape == (shape.B, 3, 5)
+        return loss_terms(i, code, impl) | {"x_hat": x_hat, "decoded": x_hat.sum()}
 
     wide = torch.promote_types(dtype, torch.float32)
-    check_parity(losses, inputs, all_in(dtype) | {"acts": wide})
+    check_parity(losses, inputs, all_in(dtype) | {"acts": wide}, impl)
+
+
+def test_a_row_of_weight_zero_is_left_out():
+    shape = Shape(6, 5, 20, 3)
+    acts, indices = code_of(shape)
+    i = weights(shape)
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64, device=DEVICE)
+    kept = mask.bool()
+    whole, part = (
+        mse_l1_loss(x, SparseCode(a, j), i["W_dec"], i["b_dec"], row_weight=w)
+        for x, a, j, w in (
+            (i["x"], acts, indices, mask),
+            (i["x"][kept], acts[kept], indices[kept], None),
+        )
+    )
+    assert torch.allclose(whole.mse, part.mse) and torch.allclose(whole.l1, part.l1)
 
 
 def test_gather_in_blocks_equals_sampled_product():
@@ -127,3 +178,22 @@ def test_bad_shapes_are_refused():
         mse_l1_loss(torch.ones(5, 3), good, torch.ones(4, 3), torch.ones(3))
     with pytest.raises(TypeError, match="indices must be int32 or int64"):
         sparse_decode(SparseCode(torch.ones(2, 2), torch.ones(2, 2)), torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("latent", [-1, 4])
+def test_indices_outside_the_dictionary_are_refused(latent):
+    code = SparseCode(torch.ones(2, 1), torch.tensor([[0], [latent]]))
+    for run in (
+        lambda: sparse_decode(code, torch.ones(4, 3)),
+        lambda: mse_l1_loss(torch.ones(2, 3), code, torch.ones(4, 3), torch.ones(3)),
+        lambda: group_by_latent(code, 4),
+    ):
+        with pytest.raises(ValueError, match=r"indices must be in \[0, F\) with F = 4, got values"):
+            run()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU they are always checked")
+def test_indices_on_a_gpu_are_checked_on_demand():
+    code = SparseCode(torch.ones(2, 1).cuda(), torch.full((2, 1), 4).cuda())
+    with index_checks(), pytest.raises(ValueError, match="indices must be in"):
+        group_by_latent(code, 4)

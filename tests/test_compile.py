@@ -20,8 +20,9 @@ IMPLS = [Impl.EAGER, Impl.TRITON]
 IGNORED = "ignore::DeprecationWarning"  # raised by torch.compile over itself
 
 
-def step_loss(x, dead, W_enc, b_enc, W_dec, b_dec, impl):
+def step_loss(x, dead, weights, impl):
     """A TopK SAE's training loss on the ops themselves."""
+    W_enc, b_enc, W_dec, b_dec = weights
     norms = W_dec.norm(dim=1).detach()
     code = topk_encode(x, W_enc, b_enc, 4, b_pre=b_dec, scale=norms, impl=impl)
     unscaled = SparseCode(code.acts / norms[code.indices.long()], code.indices, code.groups)
@@ -43,7 +44,7 @@ def test_a_step_compiles_as_one_graph_and_keeps_its_gradients(impl, backend, aux
     compiled = torch.compile(step_loss, fullgraph=True, backend=backend)
     found = []
     for run in (step_loss, compiled):
-        total = run(x, dead, *weights, impl)
+        total = run(x, dead, weights, impl)
         found.append([total, *torch.autograd.grad(total, weights)])
     for before, after in zip(*found, strict=True):
         assert torch.allclose(before, after, rtol=1e-5, atol=1e-5)

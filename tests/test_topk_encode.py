@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -244,6 +246,6 @@ def test_kernels_without_triton_are_refused(monkeypatch):
 
 
 def test_kernels_refuse_fp64():
-    good = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in GOOD.items()}
+    good: Any = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in GOOD.items()}
     with pytest.raises(TypeError, match="impl='triton' takes .*, got float64"):
         topk_encode(**good, impl=Impl.TRITON)

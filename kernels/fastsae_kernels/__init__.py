@@ -1,5 +1,6 @@
 """The ops of a sparse autoencoder: dense mathematics in `reference`, lean PyTorch in `eager`."""
 
+from fastsae_kernels._checks import index_checks as index_checks
 from fastsae_kernels._dispatch import Impl as Impl
 from fastsae_kernels._row_grads import DenseGrad as DenseGrad
 from fastsae_kernels._row_grads import RowGrad as RowGrad

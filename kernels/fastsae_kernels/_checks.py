@@ -1,8 +1,40 @@
 """Argument checks shared by the ops: one sentence that names the argument, the rule, what came."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+_index_checks = False
+
+
+@contextmanager
+def index_checks() -> Iterator[None]:
+    """Check every code's latents on a GPU too, where each check waits for the device.
+
+    On a CPU they are always checked. An index outside the dictionary reads or writes memory that
+    is not its own.
+    """
+    global _index_checks
+    before, _index_checks = _index_checks, True
+    try:
+        yield
+    finally:
+        _index_checks = before
+
+
+def check_indices(indices: Tensor, d_sae: int) -> None:
+    wanted = indices.device.type == "cpu" or _index_checks
+    if not wanted or torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    least, most = (int(bound) for bound in indices.aminmax())
+    if least < 0 or most >= d_sae:
+        raise ValueError(
+            f"indices must be in [0, F) with F = {d_sae}, got values from {least} to {most}"
+        )
 
 
 def check_float(name: str, tensor: Tensor) -> None:

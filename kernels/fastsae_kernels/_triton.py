@@ -42,4 +42,4 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def padded(n: int, least: int = 16) -> int:
     """The block of a dimension that is not divided: the next power of two."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length())

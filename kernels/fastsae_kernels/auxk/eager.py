@@ -57,13 +57,15 @@ def aux_topk_sums(
     half = max(1, x.shape[1] // 2)
     k_aux = min(half, len(latents))
     if k_aux == 0 or len(x) == 0:
-        return x.new_zeros(()), latents, *(torch.zeros_like(t) for t in rows[:3])
+        d_enc, d_b_enc, d_dec = (torch.zeros_like(t) for t in rows[:3])
+        return x.new_zeros(()), latents, d_enc, d_b_enc, d_dec
     weight = min(len(latents) / half, 1) / len(x)
     if len(latents) <= DENSE_BELOW * k_aux:
         sums = _dense(centred, err, rows, k_aux)
     else:
         sums = _sparse(centred, err, rows, k_aux, impl)
-    return sums.loss * weight, latents, *(grad.mul_(2 * weight) for grad in sums[1:])
+    d_enc, d_b_enc, d_dec = (grad.mul_(2 * weight) for grad in sums[1:])
+    return sums.loss * weight, latents, d_enc, d_b_enc, d_dec
 
 
 def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:

@@ -24,9 +24,9 @@ def aux_topk(
         # No graph: an empty gradient would cost a pass over the whole dictionary.
         return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
     x, err = x.detach().reshape(-1, x.shape[-1]), err.detach().reshape(-1, err.shape[-1])
-    constants = (t if t is None else t.detach() for t in (W_enc, b_enc, W_dec, b_pre, scale))
     # Outside the Function: its number of latents is only known here, which torch.compile must see.
-    sums = aux_topk_sums(x, err, dead, *constants, impl)
+    with torch.no_grad():
+        sums = aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, impl)
     sinks = row_grads_of(W_enc), row_grads_of(W_dec)
     loss = _AuxTopK.apply(W_enc, b_enc, W_dec, b_pre, *sums, *sinks)
     assert isinstance(loss, Tensor)

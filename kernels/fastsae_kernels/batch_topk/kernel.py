@@ -10,7 +10,6 @@ then 4 * SIZE bytes for each of n // 2 groups, and about 60 bytes for each of th
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -107,8 +106,10 @@ def select_batch_topk(
     tau, level_open, starts = _threshold(found.first_keys, found.second_keys, n_kept)
 
     most_open = max(1, n_kept // 2)
-    entries = x.new_full((3, n_kept), LOWEST.value, dtype=torch.int32)
-    opened = entries.new_zeros(2, most_open)
+    entry_keys, entry_rows, entry_columns = entries = x.new_full(
+        (3, n_kept), LOWEST.value, dtype=torch.int32
+    )
+    open_rows, open_groups = opened = entries.new_zeros(2, most_open)
     with device_of(x):
         _list_groups[(n_rows,)](
             *found[:3],
@@ -128,18 +129,19 @@ def select_batch_topk(
     layout = found.layout
     del found  # before the open groups' scores are allocated
     keys = entries.new_empty(n_kept + most_open * size)
-    keys[:n_kept] = entries[0]
+    keys[:n_kept] = entry_keys
     scored = keys[n_kept:].view(most_open, size)
-    score_groups(x, W_enc, offset, factor, False, layout, *opened, starts[3][-1], scored)
+    n_open = starts[3][-1]
+    score_groups(x, W_enc, offset, factor, False, layout, open_rows, open_groups, n_open, scored)
 
     kept = keys.topk(n_kept, sorted=False).indices
     listed = (kept - n_kept).clamp(min=0)
     group, member = listed // size, listed % size
-    members = columns_of(opened[1][group], layout).gather(1, member[:, None]).squeeze(1)
+    members = columns_of(open_groups[group], layout).gather(1, member[:, None]).squeeze(1)
     closed = kept < n_kept
     entry = kept.clamp(max=n_kept - 1)
-    rows = torch.where(closed, entries[1][entry], opened[0][group]).long()
-    columns = torch.where(closed, entries[2][entry].long(), members)
+    rows = torch.where(closed, entry_rows[entry], open_rows[group]).long()
+    columns = torch.where(closed, entry_columns[entry].long(), members)
     places, order = (rows * d_sae + columns).sort()
     row_starts = torch.arange(n_rows + 1, device=x.device) * d_sae
     row_offsets = torch.searchsorted(places, row_starts, out_int32=True)

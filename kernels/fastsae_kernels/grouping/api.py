@@ -1,6 +1,6 @@
 import torch
 
-from fastsae_kernels._checks import check_code
+from fastsae_kernels._checks import check_code, check_indices
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode, flattened
 
@@ -28,6 +28,7 @@ def group_by_latent(
         TypeError: `indices` is not int32 or int64.
     """
     check_code(code.acts, code.indices)
+    check_indices(code.indices, d_sae)
     if resolve_impl(impl, code.acts.device) is Impl.REFERENCE:
         from fastsae_kernels.grouping.reference import group_by_latent as run
     else:

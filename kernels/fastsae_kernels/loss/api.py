@@ -6,6 +6,7 @@ from fastsae_kernels._checks import (
     check_code,
     check_decoder,
     check_float,
+    check_indices,
     check_same_device,
     check_shape,
 )
@@ -63,6 +64,7 @@ def mse_l1_loss(
     check_decoder(W_dec, b_dec)
     check_float("x", x)
     check_code(code.acts, code.indices)
+    check_indices(code.indices, W_dec.shape[0])
     ragged = isinstance(code, RaggedCode)
     lead = (len(code.row_offsets) - 1,) if ragged else tuple(code.acts.shape[:-1])
     letters = "[B, D]" if ragged else "[..., D]"

@@ -106,7 +106,7 @@ class _MSEL1Loss(torch.autograd.Function):
                 coef = (acts * per_mse).reshape(-1)[made.pairs]
                 d_W = emit_pairs(ctx.sink, made, coef, err, ctx.impl)
                 d_W = None if d_W is None else d_W.to(W_dtype)
-            if needs_weight:
+            if l1_weight is not None and needs_weight:
                 coef = (acts.abs() * per_l1).reshape(-1)[made.pairs]
                 d_weight = segment_total(made, coef, ctx.impl).to(l1_weight.dtype)
         if needs_b:

@@ -15,7 +15,6 @@ the same bits.
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

@@ -14,7 +14,6 @@ product by chunks is faster: `select_above` leaves it to `eager`.
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels._triton import Spec, UPCAST_DOTS, device_of, jit, padded
+from fastsae_kernels._triton import UPCAST_DOTS, Spec, device_of, jit, padded
 
 LOWEST = tl.constexpr(-(2**31))
 """Below every key: a column that does not exist."""
@@ -510,14 +510,15 @@ def group_top2(
     """
     tile = choose_tile(x)
     d_in, d_sae = W_enc.shape
-    n_groups = triton.cdiv(d_sae, tile.columns) * (tile.columns // size)
+    n_column_tiles = -(-d_sae // tile.columns)
+    n_groups = n_column_tiles * (tile.columns // size)
     shape = len(x), n_groups
     first_keys = torch.empty(shape, dtype=torch.int32, device=x.device)
     second_keys = torch.empty_like(first_keys)
     first_members = torch.empty(shape, dtype=torch.int8, device=x.device)
     descriptors = _takes_descriptors(x, W_enc)
     left, right = (x, W_enc) if not descriptors else _descriptors(x, W_enc, tile)
-    n_tiles = triton.cdiv(len(x), tile.rows) * triton.cdiv(d_sae, tile.columns)
+    n_tiles = -(-len(x) // tile.rows) * n_column_tiles
     with device_of(x):
         _group_top2[(n_tiles,)](
             left,
