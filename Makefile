@@ -4,6 +4,8 @@ TORCH ?= pinned
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
+# One process a core with one thread each: most of the time goes to Triton's interpreter, in Python.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 ifeq ($(TORCH),system)
@@ -19,10 +21,10 @@ demo: $(VENV)/.train-$(TORCH)
 	$(BIN)/fastsae demo
 
 test: $(VENV)/.test-$(TORCH) lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(VENV)/.test-$(TORCH) lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.test-$(TORCH)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,9 +1,14 @@
 """Named shapes, after real uses, and inputs with the statistics of a residual stream."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+SAMPLE = Path(__file__).parent / "data" / "smollm2-135m-layer15-sample.safetensors"
+"""Rows of SmolLM2-135M's residual stream, written by `python -m bench.quality --sample`."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,11 @@ CASES = {
         Case("smollm2-135m-65k", 2048, 576, 65_536, 32),
         Case("smollm2-135m-262k", 2048, 576, 262_144, 32),
         Case("gpt2-small-24k", 4096, 768, 24_576, 32),
+        Case("gpt2-small-131k", 8192, 768, 131_072, 64),
         Case("gemma-2-2b-65k", 8192, 2304, 65_536, 64),
+        Case("gemma-2-2b-131k", 8192, 2304, 131_072, 64),
         Case("llama-3.1-8b-131k", 8192, 4096, 131_072, 64),
+        Case("llama-3.1-8b-1m", 8192, 4096, 1_048_576, 64),
     )
 }
 
@@ -39,3 +47,29 @@ def rows(case: Case, seed: int = 0) -> Tensor:
     x += 0.3 * x.std() * torch.randn(case.B, case.D, generator=generator)
     x[:, :: max(1, case.D // 4)] *= 5
     return x * (case.D**0.5 / x.norm(dim=1).mean())
+
+
+def real_rows() -> Tensor:
+    """[8192, 576] fp32 activations of a language model, norm sqrt(D) in the mean."""
+    x = load_file(SAMPLE)["rows"].float()
+    return x * (x.shape[1] ** 0.5 / x.norm(dim=1).mean())
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights [D, F], [F, D] that every provider starts from, and what is taken for dead."""
+
+    case: Case
+    W_enc: Tensor
+    W_dec: Tensor
+    dead: Tensor | None
+
+    @staticmethod
+    def random(case: Case, dead_fraction: float, seed: int = 0) -> "Start":
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.randn(case.F, case.D, generator=generator)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        dead = None
+        if dead_fraction:
+            dead = torch.rand(case.F, generator=generator) < dead_fraction
+        return Start(case, W_dec.t(), W_dec, dead)

@@ -1,35 +1,95 @@
-"""Times of several rivals, interleaved, and peak memory of a whole process."""
+"""Times of several rivals, interleaved, and peak memory: of a CPU process or of a GPU."""
 
 import ctypes
 import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 Run = Callable[[], object]
 
+FLUSH_BYTES = 1 << 30
 
-def interleaved(runs: dict[str, Run], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+
+def interleaved(
+    runs: Mapping[str, Run], repeats: int, warm_up: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn so that a drift of the machine meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(warm_up + repeats):
-        for name, run in runs.items():
-            synchronize()
-            started = time.perf_counter()
+    for _ in range(warm_up):
+        for run in runs.values():
             run()
-            synchronize()
-            if repeat >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    once = _on_gpu if device == "cuda" else _on_cpu
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(once(run))
     return seconds
 
 
-def synchronize() -> None:
+def _on_cpu(run: Run) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _on_gpu(run: Run) -> float:
+    """Device time between two events.
+
+    Overwriting a gigabyte twice first puts everything out of the L2 cache, and keeps the device
+    busy for half a millisecond, in which the host queues the launches: gaps between them count only
+    as far as they are longer.
+    """
+    torch.cuda.synchronize()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    flush.zero_()
+    start.record()
+    made = run()
+    stop.record()
+    torch.cuda.synchronize()
+    del made
+    return start.elapsed_time(stop) / 1e3
+
+
+def in_a_row(run: Run, calls: int, warm_up: int = 2) -> float:
+    """Seconds a call of a GPU's steps that follow one another, as in training."""
+    for _ in range(warm_up):
+        run()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3 / calls
+
+
+def launches(run: Run, calls: int = 3) -> dict[str, float]:
+    """Milliseconds a call of each kernel that a GPU runs, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as seen:
+        for _ in range(calls):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in seen.key_averages():
+        ms = event.self_device_time_total / 1e3 / calls
+        if event.device_type.name == "CUDA":
+            times[event.key] = times.get(event.key, 0.0) + ms
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -43,14 +103,14 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def peak_extra_bytes(run: Run) -> int:
+def peak_extra_bytes(run: Run, device: str = "cpu") -> int:
     """Bytes of memory that `run` needs at its peak beyond what is held before it.
 
     On a GPU the allocator's count. On Linux the process's resident peak, which the kernel resets
     on request and which also counts what libraries allocate for themselves.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -7,39 +7,18 @@ back the mean squared error summed over D, so that parity can be checked before 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import Start
 from fastsae import OptimizerConfig, TopKConfig, TrainConfig, Trainer
 from fastsae_kernels import Impl
 
 LR = 3e-4
 Step = Callable[[Tensor], float]
-
-
-@dataclass(frozen=True)
-class Start:
-    """The weights [D, F], [F, D] that every provider starts from, and what is taken for dead."""
-
-    case: Case
-    W_enc: Tensor
-    W_dec: Tensor
-    dead: Tensor | None
-
-    @staticmethod
-    def random(case: Case, dead_fraction: float, seed: int = 0) -> "Start":
-        generator = torch.Generator().manual_seed(seed)
-        W_dec = torch.randn(case.F, case.D, generator=generator)
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
-        dead = None
-        if dead_fraction:
-            dead = torch.rand(case.F, generator=generator) < dead_fraction
-        return Start(case, W_dec.t(), W_dec, dead)
 
 
 def fastsae_step(

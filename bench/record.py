@@ -2,8 +2,10 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,20 @@ def environment() -> dict[str, Any]:
         "device": _device(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         **{name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        # A machine that was handed a copy of the tree may have neither git nor the history.
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 
-def append(file: str, rows: list[dict[str, Any]]) -> Path:
-    """Add rows, each with the environment, to `bench/results/<file>.jsonl`."""
-    RESULTS.mkdir(exist_ok=True)
-    path, here = RESULTS / f"{file}.jsonl", environment()
+def append(file: str | Path, rows: list[dict[str, Any]]) -> Path:
+    """Add rows, each with the environment, to `bench/results/<file>.jsonl`, or to that path."""
+    path = file if isinstance(file, Path) else RESULTS / f"{file}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    here = environment()
     with path.open("a") as out:
         for row in rows:
             out.write(json.dumps(row | here) + "\n")
@@ -54,6 +59,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)

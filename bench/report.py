@@ -127,7 +127,10 @@ def benchmarks_page() -> str:
             f"`python -m bench.ops`, {rows[0]['case']}; ceilings of the run: ",
         ]
         lines[-1] += f"{rows[0]['gemm_gflops']} GFLOP/s, {rows[0]['copy_gbps']} GB/s."
+        if any("roofline" in row for row in rows):
+            columns["roofline"] = "share of the roofline"
         lines += ["", *table(rows, columns), "", where(rows)]
+    lines += gpu_lines(read("gpu"))
     rows = read("quality")
     if rows:
         lines += ["", "## Quality at equal tokens", "", "`python -m bench.quality`"]
@@ -137,6 +140,59 @@ def benchmarks_page() -> str:
             mine = [r for r in rows if Setting(**r["setting"]) == Setting(**setting)]
             lines += ["", f"{setting}", "", "```", report(mine), "```", "", where(mine)]
     return "\n".join(lines) + "\n"
+
+
+GPU_TABLES = {
+    "gpu_step": {
+        "case": "case",
+        "provider": "provider",
+        "ms": "ms",
+        "floor_ms": "floor ms",
+        "over_floor": "over floor",
+        "over_ours": "over fastsae",
+    },
+    "gpu_encode": {
+        "case": "case",
+        "provider": "provider",
+        "ms": "ms",
+        "tflops": "TFLOP/s",
+        "over_cublas": "over cuBLAS",
+    },
+    "gpu_launch": {"case": "case", "provider": "provider", "kernel": "kernel", "ms": "ms"},
+    "ops": {
+        "case": "case",
+        "op": "op",
+        "provider": "provider",
+        "ms_p50": "median ms",
+        "over_ours": "over ours",
+        "roofline": "share of the roofline",
+    },
+}
+
+
+def gpu_lines(rows: list[Row]) -> list[str]:
+    """The newest row of each case and provider, and the checks that ran with them."""
+    if not rows:
+        return []
+    lines = ["", "## On a GPU", "", "`python -m bench.gpu_check`: times are device times. The"]
+    lines += ["floor of a step is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
+    lines += ["at the bandwidth of a copy, and one gather, all measured in the same run."]
+    checks = {r["check"]: r for r in rows if r["bench"] == "gpu_check"}
+    if checks:
+        passed = sum(r["passed"] for r in checks.values())
+        lines += ["", f"{passed} of {len(checks)} checks passed."]
+        lines += [f"Failed: {name}." for name, r in checks.items() if not r["passed"]]
+    for bench, columns in GPU_TABLES.items():
+        keys = ("case", "op", "provider", "kernel")
+        mine = {tuple(r.get(k) for k in keys): r for r in rows if r["bench"] == bench}
+        if mine:
+            shown = [{k: _rounded(v) for k, v in r.items()} for r in mine.values()]
+            lines += ["", *table(shown, columns)]
+    return [*lines, "", where(rows)]
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def with_numbers(readme: str) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import CASES, Case, rows
+from bench.cases import CASES, Case, Start, rows
 from bench.measure import interleaved, peak_extra_bytes, quantiles
-from bench.providers import PROVIDERS, Start, Step, fastsae_step
+from bench.providers import PROVIDERS, Step, fastsae_step
 from bench.record import append
 from fastsae_kernels import release_scratch, workspace
 

@@ -29,7 +29,7 @@ def losses_for(dead):
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradients_match_reference(shape, fraction, scaled, dense, monkeypatch):
-    monkeypatch.setattr(eager, "DENSE_BELOW", 10**9 if dense else 0)
+    monkeypatch.setitem(eager.DENSE_BELOW, Impl.EAGER, 10**9 if dense else 0)
     dead = torch.rand(shape.F) < fraction
     dead[0] = True
     inputs = weights(shape) | {"err": lattice(shape.B, shape.D)}
@@ -40,10 +40,19 @@ def test_loss_and_gradients_match_reference(shape, fraction, scaled, dense, monk
 
 @pytest.mark.parametrize("impl, dtype, shape", [c for c in CASES if c.values[0] is Impl.TRITON])
 def test_kernels_match_reference(shape, dtype, impl, monkeypatch):
-    monkeypatch.setattr(eager, "DENSE_BELOW", 0)
+    monkeypatch.setitem(eager.DENSE_BELOW, Impl.TRITON, 0)
     dead = torch.arange(shape.F, device=DEVICE) % 3 != 1
     inputs = weights(shape) | {"err": lattice(shape.B, shape.D)}
     check_parity(losses_for(dead), inputs, all_in(dtype), impl)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_a_dead_latent_without_a_decoder_row_is_no_nan(impl, monkeypatch):
+    monkeypatch.setitem(eager.DENSE_BELOW, Impl.EAGER, 0)
+    inputs = weights(Shape(4, 6, 20, 2)) | {"err": lattice(4, 6)}
+    inputs["scale"] = torch.zeros(20, dtype=torch.float64, device=DEVICE)
+    dead = torch.ones(20, dtype=torch.bool, device=DEVICE)
+    assert losses_for(dead)(inputs, impl)["aux"].isfinite()
 
 
 def test_gradient_reaches_the_encoder():

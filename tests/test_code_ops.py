@@ -116,6 +116,7 @@ def test_a_row_of_weight_zero_is_left_out():
     shape = Shape(6, 5, 20, 3)
     acts, indices = code_of(shape)
     i = weights(shape)
+    i["x"][1], acts[4] = torch.nan, torch.nan
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64, device=DEVICE)
     kept = mask.bool()
     whole, part = (

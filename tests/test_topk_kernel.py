@@ -11,6 +11,12 @@ pytest.importorskip("triton")
 from fastsae_kernels.topk import kernel  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def down_to_one_group_a_latent(monkeypatch):
+    """The least that the certificate needs, where it has most to do; users get `eager` earlier."""
+    monkeypatch.setattr(kernel, "fits", lambda d_sae, k: d_sae // kernel.GROUP_SIZES[-1] >= k)
+
+
 def encode_scores(scores, k, **kwargs):
     """Encode rows whose pre-activations are exactly `scores` [B, F]: one-hot rows pick them."""
     rows = torch.eye(len(scores), device=DEVICE)
@@ -174,6 +180,20 @@ def test_same_bits_twice():
     bias = torch.randn(600, device=DEVICE)
     first, second = (topk_encode(x, weight, bias, 8, impl=Impl.TRITON) for _ in range(2))
     assert torch.equal(first.acts, second.acts) and torch.equal(first.indices, second.indices)
+
+
+def test_one_row_a_program_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernel, "MERGED_ROWS", 1)
+    scores = families(300)
+    for k in (7, 18):
+        check_exact(scores, encode_scores(scores, k))
+
+
+def test_rows_of_few_groups_are_left_to_eager(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(kernel, "select_topk", None)
+    scores = families(256)
+    check_exact(scores, encode_scores(scores, 5))
 
 
 def test_no_rows():

@@ -1,4 +1,4 @@
-"""The ops of a sparse autoencoder: dense mathematics in `reference`, lean PyTorch in `eager`."""
+"""The ops of a sparse autoencoder: dense `reference`, lean PyTorch in `eager`, Triton kernels."""
 
 from fastsae_kernels._checks import index_checks as index_checks
 from fastsae_kernels._dispatch import Impl as Impl

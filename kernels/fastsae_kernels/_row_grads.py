@@ -116,7 +116,7 @@ def emit_rows(
 ) -> Tensor | None:
     """The same for a gradient [n, D] of some latents' rows [n]."""
     if sink is None:
-        return values.new_zeros(n_rows, values.shape[1]).index_copy(0, latents, values)
+        return values.new_zeros(n_rows, values.shape[1]).index_copy_(0, latents, values)
     sink.append(SubsetGrad(latents, values))
     return None
 

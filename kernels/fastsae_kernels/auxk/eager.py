@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
+from fastsae_kernels._encoder_pairs import product_rows
 from fastsae_kernels._workspace import workspace_bytes
 from fastsae_kernels.decode.ops import gather_sum, pair_dots
 from fastsae_kernels.grouping.eager import group_by_latent
@@ -11,8 +12,8 @@ from fastsae_kernels.grouping.ops import segment_sum, segment_total
 from fastsae_kernels.topk.ops import select_topk
 
 # Below this many dead latents for each one kept, dense products over a compact copy of their rows
-# take the place of gathers: an estimate from the cost of either at D = 576 on a CPU, not tuned.
-DENSE_BELOW = 16
+# take the place of gathers: estimates, not tuned. The kernels have no other path below 64.
+DENSE_BELOW = {Impl.EAGER: 16, Impl.TRITON: 64}
 
 
 class _Dictionary(NamedTuple):
@@ -44,9 +45,9 @@ def aux_topk_sums(
     scale: Tensor | None,
     impl: Impl,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, err = x.to(wide), err.to(wide)
-    centred = x if b_pre is None else x - b_pre.to(wide)
+    centred, scored = product_rows(x, b_pre)
+    wide = centred.dtype
+    err = err.to(wide)
     latents = dead.nonzero().squeeze(1)
     rows = _Dictionary(
         W_enc.t().index_select(0, latents).to(wide),
@@ -58,12 +59,12 @@ def aux_topk_sums(
     k_aux = min(half, len(latents))
     if k_aux == 0 or len(x) == 0:
         d_enc, d_b_enc, d_dec = (torch.zeros_like(t) for t in rows[:3])
-        return x.new_zeros(()), latents, d_enc, d_b_enc, d_dec
+        return centred.new_zeros(()), latents, d_enc, d_b_enc, d_dec
     weight = min(len(latents) / half, 1) / len(x)
-    if len(latents) <= DENSE_BELOW * k_aux:
+    if len(latents) <= DENSE_BELOW[impl] * k_aux:
         sums = _dense(centred, err, rows, k_aux)
     else:
-        sums = _sparse(centred, err, rows, k_aux, impl)
+        sums = _sparse(centred, scored, err, rows, k_aux, impl)
     d_enc, d_b_enc, d_dec = (grad.mul_(2 * weight) for grad in sums[1:])
     return sums.loss * weight, latents, d_enc, d_b_enc, d_dec
 
@@ -88,11 +89,16 @@ def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
     return sums
 
 
-def _sparse(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int, impl: Impl) -> _Sums:
-    ranked, indices = select_topk(
-        x, rows.W_enc.t(), rows.b_enc, k_aux, rows.scale, signed=True, impl=impl
+def _sparse(
+    x: Tensor, scored: Tensor, err: Tensor, rows: _Dictionary, k_aux: int, impl: Impl
+) -> _Sums:
+    """`scored` are the rows in the dtype of the product that ranks the latents."""
+    acts, indices = select_topk(
+        scored, rows.W_enc.t(), rows.b_enc, k_aux, rows.scale, signed=True, impl=impl
     )
-    acts = ranked if rows.scale is None else ranked / rows.scale[indices.long()]
+    if rows.scale is not None:
+        # Not the ranked values divided by their scale, which may be 0.
+        acts = pair_dots(None, indices, x, rows.W_enc, impl) + rows.b_enc[indices.long()]
     error = gather_sum(None, indices, acts, rows.W_dec, impl).add_(err)
     slopes = pair_dots(None, indices, error, rows.W_dec, impl)
     groups = group_by_latent(None, indices, acts, len(rows.b_enc))

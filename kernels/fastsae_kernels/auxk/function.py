@@ -70,7 +70,7 @@ class _AuxTopK(torch.autograd.Function):
             d_W_dec = emit_rows(ctx.sinks[1], latents, d_dec * g, ctx.d_sae)
             d_W_dec = None if d_W_dec is None else d_W_dec.to(dec_dtype)
         if needs_b or needs_pre:
-            d_b = d_b.new_zeros(ctx.d_sae).index_copy(0, latents, d_b * g)
+            d_b = d_b.new_zeros(ctx.d_sae).index_copy_(0, latents, d_b * g)
             if needs_pre:
                 d_b_pre = -(W_enc.to(d_b.dtype) @ d_b).to(pre_dtype)
             d_b_enc = d_b.to(b_dtype) if needs_b else None

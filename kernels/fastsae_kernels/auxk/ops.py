@@ -20,7 +20,7 @@ def aux_topk_sums(
     """loss [], latents [n], and the loss's gradients over the n dead latents' rows.
 
     Those are d_enc [n, D], d_b_enc [n], d_dec [n, D_out]. The number of dead latents shapes the
-    work, so this waits for the device once.
+    work, so this waits for the device.
     """
     return _aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, impl.value)
 

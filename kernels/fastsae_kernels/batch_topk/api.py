@@ -19,15 +19,16 @@ def batch_topk_encode(
     """The int(k B) largest of relu(((x - b_pre) W_enc + b_enc) * scale) over the whole batch.
 
     One threshold for all rows, k latents a row on average. The multiset of values is exact on any
-    input; among equals the lowest (row, latent) comes first. With fewer positive values the rest
-    are acts of 0 at distinct pairs; NaN counts as the largest value and comes out as NaN. BatchTopK
+    input; which of the values equal to the smallest are kept is the implementation's choice, the
+    same every time (`eager`: the lowest (row, latent)). With fewer positive values the rest are
+    acts of 0 at distinct pairs; NaN counts as the largest value and comes out as NaN. BatchTopK
     SAE: Bussmann et al. 2024 (arXiv 2412.06410).
 
     Args:
         x: [B, D] rows.
         W_enc, b_enc, b_pre, scale, W_compute: as in `topk_encode`.
         k: 0 < k <= F, need not be whole.
-        impl: `auto`, `eager` or `reference` (which reads W_enc itself).
+        impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself).
 
     Returns:
         `RaggedCode` of B rows and int(k B) entries, a number known beforehand. Gradients flow from

@@ -18,15 +18,15 @@ from fastsae_kernels.topk.kernel import (
     LOWEST,
     affine,
     column,
-    columns_of,
     group_size,
     group_top2,
+    member_columns,
     score_groups,
     values_of,
 )
 
 
-@jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows", "n_kept"])
 def _list_groups(
     first_keys,
     first_members,
@@ -57,6 +57,7 @@ def _list_groups(
     level_place = tl.load(level_starts + row)
     n_tied = tl.load(tied_starts + row)
     open_place = tl.load(open_starts + row)
+    n_sure = tl.load(sure_starts + n_rows)
     start = 0
     while start < n_groups:
         groups = start + tl.arange(0, STEP)
@@ -74,7 +75,6 @@ def _list_groups(
         right = n_kept - 1 - (level_place + tl.cumsum(level) - level)
         columns = column(groups, members, SIZE, COLUMNS)
         shown = tl.zeros((STEP,), tl.int32) + row
-        n_sure = tl.load(sure_starts + n_rows)
         kept = (opened == 0) & ((sure != 0) | ((level != 0) & (right >= n_sure)))
         place = tl.where(sure != 0, left, right)
         tl.store(entry_keys + place, first, mask=kept)
@@ -91,7 +91,7 @@ def _list_groups(
 
 
 def fits(n_rows: int, d_sae: int, n_kept: int) -> bool:
-    """Whether a quarter of the groups can hold what is kept: else little is left out."""
+    """Whether there are four groups of 16 for each value that is kept, as in `topk.kernel.fits`."""
     return 0 < n_kept <= n_rows * (d_sae // 64)
 
 
@@ -137,7 +137,7 @@ def select_batch_topk(
     kept = keys.topk(n_kept, sorted=False).indices
     listed = (kept - n_kept).clamp(min=0)
     group, member = listed // size, listed % size
-    members = columns_of(open_groups[group], layout).gather(1, member[:, None]).squeeze(1)
+    members = member_columns(open_groups[group], layout).gather(1, member[:, None]).squeeze(1)
     closed = kept < n_kept
     entry = kept.clamp(max=n_kept - 1)
     rows = torch.where(closed, entry_rows[entry], open_rows[group]).long()

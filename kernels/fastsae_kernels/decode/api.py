@@ -31,7 +31,10 @@ def sparse_decode(
         TypeError: a dtype does.
     """
     check_decoder(W_dec, b_dec)
-    check_same_device(acts=code.acts, indices=code.indices, W_dec=W_dec, b_dec=b_dec)
+    offsets = code.row_offsets if isinstance(code, RaggedCode) else None
+    check_same_device(
+        acts=code.acts, indices=code.indices, row_offsets=offsets, W_dec=W_dec, b_dec=b_dec
+    )
     check_code(code.acts, code.indices)
     check_indices(code.indices, W_dec.shape[0])
     impl = resolve_impl(impl, W_dec.device, dtypes=(code.acts.dtype, W_dec.dtype))

@@ -5,8 +5,6 @@ fp32 sums that stay in registers. Nothing is allocated but the output. Sums have
 same input gives the same bits.
 """
 
-# Triton's types give a launch the parameters of the kernel, without num_warps.
-
 from collections.abc import Iterator
 
 import torch

@@ -24,7 +24,8 @@ def group_by_latent(
         `offsets` [F + 1], all int32.
 
     Raises:
-        ValueError: shapes differ, or `indices` holds a latent outside [0, F).
+        ValueError: shapes differ, or `indices` holds a latent outside [0, F) (on a GPU that is only
+            looked at inside `index_checks`).
         TypeError: `indices` is not int32 or int64.
     """
     check_code(code.acts, code.indices)

@@ -50,7 +50,8 @@ def mse_l1_loss(
         b_dec: [D] or [T, D].
         l1_weight: [F], usually the norms of W_dec's rows, or None for ones.
         row_weight: [...] >= 0, a constant: each mean over rows becomes
-            sum_b row_weight_b (.)_b / sum_b row_weight_b. A mask leaves rows out. None: ones.
+            sum_b row_weight_b (.)_b / sum_b row_weight_b. A row of weight 0 is left
+            out, NaN or not, and its err means nothing. None: ones.
         W_compute: a copy of W_dec in a cheaper dtype to read instead; gradients go to W_dec.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_dec itself).
 
@@ -80,6 +81,8 @@ def mse_l1_loss(
     check_same_device(
         x=x,
         acts=code.acts,
+        indices=code.indices,
+        row_offsets=code.row_offsets if ragged else None,
         W_dec=W_dec,
         b_dec=b_dec,
         l1_weight=l1_weight,

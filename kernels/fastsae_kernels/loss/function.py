@@ -24,15 +24,22 @@ def mse_l1_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     row_offsets, indices, acts = flattened(code)
     rows = W_dec.flatten(1)
+    targets = x.detach().reshape(-1, rows.shape[1])
+    if row_weight is not None:
+        # A row of weight 0 is left out whatever it holds: 0 times NaN would still be NaN.
+        row_weight = row_weight.reshape(-1)
+        kept = row_weight != 0
+        targets = targets.masked_fill(~kept[:, None], 0)
+        acts = torch.where(kept[entry_rows(row_offsets, indices).long()], acts, 0)
     mse, l1, err = _MSEL1Loss.apply(
         acts,
         rows,
         b_dec.flatten(),
         l1_weight,
-        x.detach().reshape(-1, rows.shape[1]),
+        targets,
         row_offsets,
         indices,
-        None if row_weight is None else row_weight.reshape(-1),
+        row_weight,
         None if W_compute is None else W_compute.detach().flatten(1),
         impl,
         row_grads_of(W_dec),

@@ -10,8 +10,6 @@ the registers. Nothing is allocated but the outputs. Sums have a fixed order: th
 the same bits.
 """
 
-# Triton's types give a launch the parameters of the kernel, without num_warps.
-
 from collections.abc import Iterator
 
 import torch

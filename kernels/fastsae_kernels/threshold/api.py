@@ -58,7 +58,7 @@ def threshold_encode(
         W_enc, b_enc, b_pre, scale, W_compute: as in `topk_encode`.
         threshold: >= 0, one number (a float or 0-dim) or [F]: the largest value that is left out.
             A constant here, and as a tensor not checked; `jumprelu_encode` trains it.
-        impl: `auto`, `eager` or `reference` (which reads W_enc itself).
+        impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself).
 
     Returns:
         `RaggedCode` of B rows. Gradients flow from `acts` to x, W_enc, b_enc, b_pre and scale.
@@ -119,7 +119,7 @@ def jumprelu_encode(
         W_enc, b_enc, b_pre, W_compute: as in `topk_encode`.
         threshold: [F] >= 0, which is not checked.
         bandwidth: width of the band, above 0.
-        impl: `auto`, `eager` or `reference` (which reads W_enc itself).
+        impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself).
 
     Returns:
         `JumpReLUCode(code, l0)`. Gradients flow from `code.acts` to x, W_enc, b_enc and b_pre

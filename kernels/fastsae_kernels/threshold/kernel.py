@@ -4,8 +4,8 @@ The product's epilogue counts, of each row and group of columns, the members abo
 keeps the largest and where it was. One such member: the entry is known. Several: the group is
 listed, scored again, and as many of its members as were counted become entries, those furthest
 above their limit, so that rounding in another order never changes how many there are. The host
-waits once, for the number of entries and of listed groups. Temporary memory: 9 bytes for each row
-and group, 256 bytes for each listed group of 64, and 40 bytes an entry.
+waits once, for the number of entries and of listed groups. Temporary memory: 10 bytes for each
+row and group, 2 KiB for each listed group of 64, and about 50 bytes an entry.
 
 Where groups that hold several are the rule, as in a ReLU SAE that has not been trained, a dense
 product by chunks is faster: `select_above` leaves it to `eager`.
@@ -24,8 +24,9 @@ from fastsae_kernels.topk.kernel import (
     Layout,
     affine,
     column,
-    columns_of,
     group_top2,
+    keys_of,
+    member_columns,
     score_groups,
     values_of,
 )
@@ -34,7 +35,7 @@ DENSE_ABOVE = 1 / 16
 """Share of the groups that may be listed before the dense product takes over."""
 
 
-@jit(do_not_specialize=["n_rows"])
+@jit
 def _list_counted_groups(
     first_keys,
     first_members,
@@ -46,7 +47,6 @@ def _list_counted_groups(
     listed_rows,
     listed_groups,
     listed_starts,
-    n_rows,
     n_groups,
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -87,9 +87,9 @@ def select_above(
     x, (offset, factor) = x.contiguous(), affine(b_enc, scale)
     found = group_top2(x, W_enc, offset, GROUP_SIZES[0], factor, True, limit)
     counts = found.second_keys
-    several = counts > 1
+    n_several = (counts > 1).sum(1, dtype=torch.int32)
     row_ends = counts.sum(1, dtype=torch.int64).cumsum(0)
-    list_ends = several.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    list_ends = n_several.cumsum(0, dtype=torch.int32)
     nnz, n_listed = torch.stack([row_ends[-1], list_ends[-1]]).tolist()  # the host waits
     if nnz > MOST_ENTRIES:
         raise ValueError(
@@ -109,11 +109,10 @@ def select_above(
             found.first_members,
             counts,
             row_offsets,
-            list_ends - several.sum(1, dtype=torch.int32),
+            list_ends - n_several,
             keys,
             columns,
             *listed,
-            n_rows,
             n_groups,
             SIZE=found.layout.size,
             COLUMNS=found.layout.columns,
@@ -144,7 +143,7 @@ def _add_listed(
     n_listed = torch.full((), len(rows), dtype=torch.int32, device=x.device)
     scored = torch.empty(len(rows), layout.size, dtype=torch.int32, device=x.device)
     score_groups(x, W_enc, offset, scale, True, layout, rows, groups, n_listed, scored)
-    members = columns_of(groups, layout)
+    members = member_columns(groups, layout)
     above = values_of(scored) - limit[members.clamp(max=len(limit) - 1)]
     above = above.masked_fill(members >= len(limit), -torch.inf)
     order = above.argsort(dim=1, descending=True, stable=True)  # NaN first
@@ -152,6 +151,10 @@ def _add_listed(
     taken = rank < counts[rows.long(), groups.long()][:, None]
     # Members that are no entries go to the place behind the last one, which nobody reads.
     places = torch.where(taken, starts.long()[:, None] + rank, len(keys) - 1)
+    # A member that was counted is above its limit, even where this order of summation says less.
+    floor = torch.nextafter(limit, limit.new_tensor(torch.inf))[members.clamp(max=len(limit) - 1)]
+    values = values_of(scored)
+    scored = keys_of(torch.where(values < floor, floor, values))
     keys.scatter_(0, places.view(-1), scored.gather(1, order).view(-1))
     columns.scatter_(0, places.view(-1), members.gather(1, order).int().view(-1))
 
@@ -163,6 +166,6 @@ def specs() -> Iterator[Spec]:
     yield Spec(
         "threshold.list_counted_groups",
         _list_counted_groups,
-        {**pointers, **dict.fromkeys(names, "*i32"), "n_rows": "i32", "n_groups": "i32"},
+        {**pointers, **dict.fromkeys(names, "*i32"), "n_groups": "i32"},
         {"SIZE": 64, "COLUMNS": 256, "STEP": 1024},
     )

@@ -10,7 +10,7 @@ Three launches, no atomics, no host synchronisation; docs/kernels.md has the pro
 
 Keys are int32 in the order of the scores they are made of, NaN above all, so that every comparison
 is exact and total. Temporary memory: 9 bytes for each row and group (3.5 % of an fp32 [B, F] at
-groups of 64) and 8 k + 2 k bytes twice a row.
+groups of 64, which is where F >= 256 k; 7 and 14 % at 32 and 16) and 18 k bytes a row.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae_kernels._dispatch import interpreted
 from fastsae_kernels._triton import UPCAST_DOTS, Spec, device_of, jit, padded
 
 LOWEST = tl.constexpr(-(2**31))
@@ -50,12 +51,19 @@ HALF_TILES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 4),
 )
+SMALL_TILE = HALF_TILES[2]
+"""For epilogues that need more registers, and GPUs with 100 KB of shared memory."""
+HIP_TILE = Tile(128, 128, 32, 8, 2)
 FLOAT_TILES = (Tile(64, 128, 16, 8, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3))
 
 
 def fits(d_sae: int, k: int) -> bool:
-    """Whether there are groups enough: else a selection leaves little out and `eager` does it."""
-    return d_sae // GROUP_SIZES[-1] >= k
+    """Whether there are four groups for each latent that is kept.
+
+    With fewer many groups are open (one is enough for exactness), and scoring them again costs more
+    than was saved: `eager` does it.
+    """
+    return d_sae // GROUP_SIZES[-1] >= 4 * k
 
 
 def group_size(d_sae: int, k: int) -> int:
@@ -102,7 +110,6 @@ def _group_top2(
     SIGNED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -141,7 +148,7 @@ def _group_top2(
         b = b.to(a.dtype)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        products = tl.dot(a, b, products, input_precision=PRECISION)
+        products = tl.dot(a, b, products, input_precision="ieee")
         if not DESCRIPTORS:
             left += DEPTH
             right += DEPTH * stride_d
@@ -157,7 +164,7 @@ def _group_top2(
         keys = tl.where(below, LOWEST, keys)
     if not EVEN:
         keys = tl.where(columns[None, :] < d_sae, keys, LOWEST)
-    # Members of a group are a stride apart, so that a thread holds whole groups.
+    # Members of a group are a stride apart, so that one or two lanes hold whole groups.
     N: tl.constexpr = COLUMNS // SIZE
     keys = tl.reshape(keys, (ROWS, SIZE, N))
     first = tl.max(keys, 1)
@@ -196,7 +203,7 @@ def _load_keys(at, groups, n_groups, first_keys, second_keys):
     return first, second
 
 
-@jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows", "k", "most_open"])
 def _select_groups(
     first_keys,
     first_members,
@@ -309,6 +316,45 @@ def _larger(others, entries):
 
 
 @jit
+def _score(
+    x,
+    W_enc,
+    offset,
+    scale,
+    columns,
+    inside,
+    d_in,
+    stride_d,
+    stride_f,
+    SCALED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Keys of rows `x` [R, 1] (pointers) at `columns` [R, N], where `inside`; LOWEST elsewhere.
+
+    Operands are rounded like those of `_group_top2`.
+    """
+    right = W_enc + columns.to(tl.int64)[:, :, None] * stride_f
+    sums = tl.zeros((columns.shape[0], columns.shape[1], DEPTH), tl.float32)
+    for start in range(0, d_in, DEPTH):
+        depth = (start + tl.arange(0, DEPTH))[None, :]
+        within = depth < d_in
+        values = tl.load(x + depth, mask=within, other=0.0)
+        weights = tl.load(
+            right + depth.to(tl.int64)[:, None, :] * stride_d,
+            mask=inside[:, :, None] & within[:, None, :],
+            other=0.0,
+        )
+        sums += weights.to(PRODUCT).to(tl.float32) * values.to(tl.float32)[:, None, :]
+    products = tl.sum(sums, 2)
+    if SCALED:
+        products *= tl.load(scale + columns, mask=inside, other=1.0)
+    products += tl.load(offset + columns, mask=inside, other=0.0)
+    return tl.where(inside, _keys(products, SIGNED), LOWEST)
+
+
+@jit
 def _score_groups(
     x,
     W_enc,
@@ -331,32 +377,29 @@ def _score_groups(
     DEPTH: tl.constexpr,
 ):
     number = tl.program_id(0)
-    members = tl.arange(0, SIZE)
-    if number < tl.load(n_listed):
-        row = tl.load(rows + number).to(tl.int64)
-        columns = column(tl.load(groups + number), members, SIZE, COLUMNS)
-        inside = columns < d_sae
-        right = W_enc + columns.to(tl.int64)[:, None] * stride_f
-        sums = tl.zeros((SIZE, DEPTH), tl.float32)
-        for start in range(0, d_in, DEPTH):
-            at = start + tl.arange(0, DEPTH)
-            within = at < d_in
-            values = tl.load(x + row * stride_x + at, mask=within, other=0.0)
-            weights = tl.load(
-                right + at[None, :] * stride_d, mask=inside[:, None] & within[None, :], other=0.0
-            )
-            sums += weights.to(PRODUCT).to(tl.float32) * values.to(tl.float32)[None, :]
-        products = tl.sum(sums, 1)
-        if SCALED:
-            products *= tl.load(scale + columns, mask=inside, other=1.0)
-        products += tl.load(offset + columns, mask=inside, other=0.0)
-        found = tl.where(inside, _keys(products, SIGNED), LOWEST)
-        tl.store(keys + number.to(tl.int64) * SIZE + members, found)
-    else:
-        tl.store(keys + number.to(tl.int64) * SIZE + members, tl.full((SIZE,), LOWEST, tl.int32))
+    members = tl.arange(0, SIZE)[None, :]
+    listed = number < tl.load(n_listed)
+    row = tl.load(rows + number, mask=listed, other=0).to(tl.int64)
+    columns = column(tl.load(groups + number, mask=listed, other=0), members, SIZE, COLUMNS)
+    found = _score(
+        x + row * stride_x + tl.zeros((1, 1), tl.int32),
+        W_enc,
+        offset,
+        scale,
+        columns,
+        listed & (columns < d_sae),
+        d_in,
+        stride_d,
+        stride_f,
+        SCALED,
+        SIGNED,
+        PRODUCT,
+        DEPTH,
+    )
+    tl.store(keys + number.to(tl.int64) * SIZE + members, found)
 
 
-@jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows", "k", "most_open"])
 def _merge_open_groups(
     x,
     W_enc,
@@ -408,31 +451,29 @@ def _merge_open_groups(
 
     opened = tl.load(n_open + rows, mask=rows < n_rows, other=0)
     members = tl.arange(0, SIZE)[None, :]
-    depth = tl.arange(0, DEPTH)
     for number in range(0, tl.max(opened)):
         source, target = target, source
         busy = (number < opened)[:, None]
-        group = tl.load(open_groups + rows.to(tl.int64) * most_open + number, mask=number < opened)
+        group = tl.load(
+            open_groups + rows.to(tl.int64) * most_open + number, mask=number < opened, other=0
+        )
         columns = column(group[:, None], members, SIZE, COLUMNS)
         inside = busy & (columns < d_sae)
-        left = x + rows.to(tl.int64)[:, None] * stride_x
-        right = W_enc + columns.to(tl.int64)[:, :, None] * stride_f
-        sums = tl.zeros((ROWS, SIZE, DEPTH), tl.float32)
-        for start in range(0, d_in, DEPTH):
-            within = (start + depth < d_in)[None, :]
-            row = tl.load(left + (start + depth)[None, :], mask=busy & within, other=0.0)
-            weights = tl.load(
-                right + (start + depth)[None, None, :] * stride_d,
-                mask=inside[:, :, None] & within[:, None, :],
-                other=0.0,
-            )
-            # Rounded like the operands of `_group_top2`.
-            sums += weights.to(PRODUCT).to(tl.float32) * row.to(tl.float32)[:, None, :]
-        products = tl.sum(sums, 2)
-        if SCALED:
-            products *= tl.load(scale + columns, mask=inside, other=1.0)
-        products += tl.load(offset + columns, mask=inside, other=0.0)
-        keys = _keys(products, SIGNED)
+        keys = _score(
+            x + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * stride_x,
+            W_enc,
+            offset,
+            scale,
+            columns,
+            inside,
+            d_in,
+            stride_d,
+            stride_f,
+            SCALED,
+            SIGNED,
+            PRODUCT,
+            DEPTH,
+        )
         found = tl.where(inside, _entry(keys, columns), NO_ENTRY)
 
         rank = _larger(found, found)
@@ -490,8 +531,14 @@ def affine(b_enc: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return b_enc.float() * scale.float(), scale.float()
 
 
-def choose_tile(x: Tensor) -> Tile:
-    tile = (FLOAT_TILES if x.dtype == torch.float32 else HALF_TILES)[0]
+def choose_tile(x: Tensor, limited: bool) -> Tile:
+    """The tile of a product: the first of the table, or what a lesser GPU has memory for."""
+    tile = FLOAT_TILES[0] if x.dtype == torch.float32 else HALF_TILES[0]
+    if x.dtype != torch.float32 and x.is_cuda:
+        if torch.version.hip:
+            tile = HIP_TILE
+        elif limited or torch.cuda.get_device_capability(x.device) < (9, 0):
+            tile = SMALL_TILE
     return tile._replace(rows=min(tile.rows, padded(len(x))))
 
 
@@ -508,7 +555,7 @@ def group_top2(
 
     With a `limit` [F], only the keys of values above their column's count.
     """
-    tile = choose_tile(x)
+    tile = choose_tile(x, limit is not None)
     d_in, d_sae = W_enc.shape
     n_column_tiles = -(-d_sae // tile.columns)
     n_groups = n_column_tiles * (tile.columns // size)
@@ -541,7 +588,6 @@ def group_top2(
             SIGNED=signed,
             DESCRIPTORS=descriptors,
             EVEN=d_in % tile.depth == 0 and d_sae % tile.columns == 0,
-            PRECISION=_precision(x),
             UPCAST=UPCAST_DOTS,
             SIZE=size,
             ROWS=tile.rows,
@@ -570,8 +616,8 @@ def select_topk(
     n_open = torch.empty(n_rows, dtype=torch.int32, device=x.device)
     block = min(padded(n_groups), MOST_RESIDENT)
     rows = min(max(1, 4096 // block), padded(n_rows, 1))
-    chunk = min(padded(k), 64)
-    merged = min(max(1, 4096 // chunk**2), padded(n_rows, 1))
+    chunk = _merge_chunk(k)
+    merged = min(MERGED_ROWS, padded(n_rows, 1))
     with device_of(x):
         _select_groups[(triton.cdiv(n_rows, rows),)](
             *found[:3],
@@ -618,7 +664,7 @@ def select_topk(
             COLUMNS=found.layout.columns,
             ROWS=merged,
             CHUNK=chunk,
-            DEPTH=max(16, 4096 // (merged * found.layout.size)),
+            DEPTH=4096 // found.layout.size,
             num_warps=4,
         )
     return acts, indices
@@ -666,12 +712,18 @@ def score_groups(
         )
 
 
-def columns_of(groups: Tensor, layout: Layout) -> Tensor:
+def member_columns(groups: Tensor, layout: Layout) -> Tensor:
     """[n, SIZE] int64: the columns that are members of `groups` [n]."""
     per_tile = layout.columns // layout.size
     members = torch.arange(layout.size, device=groups.device) * per_tile
     first = groups.long() // per_tile * layout.columns + groups.long() % per_tile
     return first[:, None] + members
+
+
+def keys_of(values: Tensor) -> Tensor:
+    """The int32 keys of fp32 values."""
+    bits = values.view(torch.int32)
+    return torch.where(values.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & (2**31 - 1)))
 
 
 def values_of(keys: Tensor) -> Tensor:
@@ -681,6 +733,15 @@ def values_of(keys: Tensor) -> Tensor:
 
 MOST_RESIDENT = 16384
 """Groups of a row that stay in the registers of one program; more are read again and again."""
+
+
+MERGED_ROWS = 8 if interpreted() else 1
+"""Rows of a merging program: more spill registers, but the interpreter pays for each program."""
+
+
+def _merge_chunk(k: int) -> int:
+    """Entries that are compared at a time; 32 would spill with Triton 3.6."""
+    return 16 if k <= 16 else 64
 
 
 def _select_warps(block: int) -> int:
@@ -699,11 +760,6 @@ def _launch_options(tile: Tile) -> dict[str, int]:
     if tile.max_registers is not None and not torch.version.hip:
         options["maxnreg"] = tile.max_registers
     return options
-
-
-def _precision(x: Tensor) -> str:
-    """fp32 is multiplied in IEEE arithmetic unless torch was told to use TF32."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _takes_descriptors(x: Tensor, W_enc: Tensor) -> bool:
@@ -730,13 +786,27 @@ def specs() -> Iterator[Spec]:
             for size in GROUP_SIZES:
                 for descriptors in (False, True):
                     yield _group_top2_spec(dtype, tile, size, descriptors, number == 0)
-        yield _merge_spec(dtype, 64)
+        uneven = _group_top2_spec(dtype, tiles[0], 64, False, True, EVEN=False)
+        yield uneven._replace(name=f"{uneven.name}, uneven")
+        tile = SMALL_TILE if dtype == "bf16" else tiles[0]
+        signed = _group_top2_spec(dtype, tile, 64, False, True, EVEN=False, SIGNED=True)
+        yield signed._replace(name=f"{signed.name}, signed")
+        limits = _group_top2_spec(
+            dtype, tile, 64, False, True, EVEN=False, SIGNED=True, LIMITED=True
+        )
+        yield limits._replace(name=f"{limits.name}, limits")
+        for k in (16, 64):
+            for size in GROUP_SIZES:
+                yield _merge_spec(dtype, k, size)
         yield _score_spec(dtype)
+    yield _group_top2_spec("bf16", HIP_TILE, 64, False, True)
     for block in (1024, 4096, MOST_RESIDENT):
         yield _select_spec(block, block == 4096)
 
 
-def _group_top2_spec(dtype: str, tile: Tile, size: int, descriptors: bool, default: bool) -> Spec:
+def _group_top2_spec(
+    dtype: str, tile: Tile, size: int, descriptors: bool, default: bool, **changed: bool
+) -> Spec:
     operands = {"x": f"*{dtype}", "W_enc": f"*{dtype}"}
     if descriptors:
         operands = {
@@ -757,13 +827,13 @@ def _group_top2_spec(dtype: str, tile: Tile, size: int, descriptors: bool, defau
             "SIGNED": False,
             "DESCRIPTORS": descriptors,
             "EVEN": True,
-            "PRECISION": "ieee",
             "UPCAST": False,
             "SIZE": size,
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
             "DEPTH": tile.depth,
             "BAND": 8,
+            **changed,
         },
         tile.num_warps,
         tile.num_stages,
@@ -794,13 +864,13 @@ def _select_spec(block: int, default: bool) -> Spec:
     )
 
 
-def _merge_spec(dtype: str, k: int) -> Spec:
+def _merge_spec(dtype: str, k: int, size: int) -> Spec:
     pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
     pointers |= {"entries": "*i64", "spare": "*i64", "open_groups": "*i32", "n_open": "*i32"}
     pointers |= {"acts": "*fp32", "indices": "*i32"}
     sizes = ("n_rows", "d_in", "d_sae", "k", "most_open", "stride_x", "stride_f")
     return Spec(
-        f"topk.merge_open_groups[{dtype}, k = {k}]",
+        f"topk.merge_open_groups[{dtype}, k = {k}, groups of {size}]",
         _merge_open_groups,
         {**pointers, **dict.fromkeys(sizes, "i32")},
         {
@@ -808,11 +878,11 @@ def _merge_spec(dtype: str, k: int) -> Spec:
             "SCALED": True,
             "SIGNED": False,
             "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
-            "SIZE": 64,
+            "SIZE": size,
             "COLUMNS": 256,
             "ROWS": 1,
-            "CHUNK": 64,
-            "DEPTH": 64,
+            "CHUNK": _merge_chunk(k),
+            "DEPTH": 4096 // size,
         },
     )
 

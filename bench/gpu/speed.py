@@ -1,0 +1,249 @@
+"""Times, each with its ceilings and rivals measured in the same process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import ops
+from bench.cases import Case, rows
+from bench.gpu.harness import (
+    DEVICE,
+    DRY,
+    Report,
+    Row,
+    Scale,
+    dictionary,
+    free_memory,
+    gibibytes,
+    kernels_of,
+    normal,
+    seconds_of,
+    step_seconds,
+)
+from bench.gpu.step import FusedStep, Step, bag_step, dense_step
+from bench.measure import Run
+from fastsae_kernels import Impl, topk_encode
+
+COLUMNS = 131_072
+"""A product with more columns is measured in parts of so many: its output would not fit."""
+OPTIMIZER_BYTES = 26
+"""Of a parameter: fp32 weight and moments read and written, bf16 copy written."""
+
+
+def shape_of(case: Case) -> Row:
+    return {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+
+
+def tiles() -> list[Any]:
+    from fastsae_kernels.topk import kernel
+
+    return list(kernel.HALF_TILES if not DRY else kernel.HALF_TILES[:1])
+
+
+@contextmanager
+def forced_tile(tile: Any) -> Iterator[None]:
+    """Encode with this tile instead of the one of the table."""
+    from fastsae_kernels._triton import padded
+    from fastsae_kernels.topk import kernel
+
+    chosen = kernel.choose_tile
+    kernel.choose_tile = lambda x: tile._replace(rows=min(tile.rows, padded(len(x))))
+    try:
+        yield
+    finally:
+        kernel.choose_tile = chosen
+
+
+@torch.no_grad()
+def encode(scale: Scale, report: Report) -> None:
+    for case in scale.encode:
+        if report.enough_time(10, f"encode at {case.name}"):
+            _encode_case(case, scale.repeats, report)
+        free_memory()
+
+
+def _encode_case(case: Case, repeats: int, report: Report) -> None:
+    x = rows(case).to(DEVICE).bfloat16()
+    weight = dictionary(case.F, case.D, seed=1)
+    half, bias = weight.bfloat16(), 0.01 * normal(case.F, seed=2)
+    scores = torch.empty(case.B, case.F, dtype=torch.bfloat16, device=DEVICE)
+    narrow = bias.bfloat16()
+    ramp = torch.arange(case.F, dtype=torch.float32, device=DEVICE)
+
+    def ours(bias: Tensor = bias) -> object:
+        return topk_encode(x, weight.t(), bias, case.K, W_compute=half.t(), impl=Impl.TRITON)
+
+    def by_tile(tile: Any) -> Run:
+        def run() -> object:
+            with forced_tile(tile):
+                return ours()
+
+        return run
+
+    def plain() -> object:
+        return torch.addmm(narrow, x, half.t(), out=scores).relu_().topk(case.K, dim=1)
+
+    runs: dict[str, Run] = {
+        "cuBLAS": lambda: torch.mm(x, half.t(), out=scores),
+        "cuBLAS + torch.topk": plain,
+        "ours": ours,
+        "ours, rising columns": lambda: ours(ramp),
+        "eager": lambda: topk_encode(
+            x, weight.t(), bias, case.K, W_compute=half.t(), impl=Impl.EAGER
+        ),
+    }
+    runs |= {_tile_name(tile): by_tile(tile) for tile in tiles()}
+    seconds = seconds_of(_that_run(runs, report), repeats)
+    flop = 2 * case.B * case.D * case.F
+    for name, s in seconds.items():
+        over = s / seconds["cuBLAS"]
+        row = {"bench": "gpu_encode", **shape_of(case), "provider": name, "ms": 1e3 * s}
+        row |= {"tflops": flop / s / 1e12, "over_cublas": over, "roofline": 1 / over}
+        report.measured(
+            row,
+            f"{case.name:22}{name:34}{1e3 * s:9.3f} ms {flop / s / 1e12:7.0f} TFLOP/s"
+            f"{over:7.2f} x cuBLAS {1 / over:6.1%} of it",
+        )
+    for name in ("ours", *map(_tile_name, tiles())):
+        if name in seconds:
+            _launches(report, case, name, runs[name])
+
+
+def _tile_name(tile: Any) -> str:
+    return "tile " + "x".join(str(part) for part in tile)
+
+
+def _that_run(runs: dict[str, Run], report: Report) -> dict[str, Run]:
+    """Without those that fail: a tile too large for a GPU, a rival that does not fit."""
+    working = {}
+    for name, run in runs.items():
+        try:
+            run()
+            if not DRY:
+                torch.cuda.synchronize()
+            working[name] = run
+        except Exception as failure:
+            _must_be_usable(failure)
+            if name == "ours":
+                raise
+            report.note(f"{name} left out: {type(failure).__name__}: {str(failure)[:200]}")
+            free_memory()
+    return working
+
+
+def _must_be_usable(failure: Exception) -> None:
+    """A kernel that failed on the device leaves nothing to go on with in this process."""
+    if "CUDA error" in str(failure) or "AcceleratorError" in type(failure).__name__:
+        raise failure
+
+
+def _launches(report: Report, case: Case, name: str, run: Run) -> None:
+    for kernel, ms in list(kernels_of(run).items())[:8]:
+        row = {"bench": "gpu_launch", **shape_of(case), "provider": name, "kernel": kernel[:80]}
+        report.measured({**row, "ms": ms}, f"    {name:34}{kernel[:60]:62}{ms:9.3f} ms")
+
+
+def every_op(scale: Scale, report: Report) -> None:
+    for case in scale.ops:
+        # The dense oracle takes the time of all the others together, and compiling costs seconds.
+        leave_out = ("reference",) if case is scale.ops[0] else ("reference", "torch.compile")
+        limits = ops.ceilings(case, DEVICE)
+        report.measured(
+            {"bench": "gpu_ceilings", **shape_of(case), **limits},
+            f"ceilings at {case.name}: {limits}",
+        )
+        inputs = ops.Inputs(case, DEVICE)
+        for name in ops.OPS:
+            if not report.enough_time(4, f"{name} at {case.name}"):
+                return
+            try:
+                found = ops.times(name, inputs, scale.repeats, limits, leave_out)
+            except Exception as failure:
+                _must_be_usable(failure)
+                report.check(f"{name} runs", False, why=str(failure).splitlines()[0][:200])
+                continue
+            for row in found:
+                report.measured({**row, **limits}, f"{case.name:20}{ops.line_of(row)}")
+            free_memory()
+        del inputs
+        free_memory()
+
+
+def steps(scale: Scale, report: Report) -> None:
+    for case in scale.steps:
+        needed = case.F * case.D * 28 / 2**30 + 8
+        if not report.enough_time(12, f"steps at {case.name}"):
+            continue
+        if gibibytes() < needed:
+            report.note(f"left out for want of memory: {case.name} takes {needed:.0f} GiB")
+            continue
+        try:
+            _steps_at(case, report)
+        except torch.OutOfMemoryError as failure:
+            report.check(f"steps at {case.name} fit", False, why=str(failure)[:200])
+        free_memory()
+
+
+def _steps_at(case: Case, report: Report) -> None:
+    floor = _floor(case, report)
+    free_memory()
+    x = rows(case).to(DEVICE).bfloat16()
+    # Each with the seconds that it takes to build and to run.
+    rivals: dict[str, tuple[float, Callable[[], Step]]] = {
+        "fastsae": (0, lambda: FusedStep(case, Impl.TRITON)),
+        "plain PyTorch, embedding_bag": (8, lambda: bag_step(case)),
+        "dense PyTorch": (8, lambda: dense_step(case)),
+        "dense PyTorch, torch.compile": (50, lambda: dense_step(case, compiled=not DRY)),
+    }
+    ours: float | None = None
+    for name, (needed, make) in rivals.items():
+        # Dense: masters, gradients and moments, scores and their gradients several times over.
+        dense = case.F * case.D * 32 / 2**30 + 6 * case.B * case.F * 4 / 2**30
+        if name != "fastsae" and (gibibytes() < dense or not report.enough_time(needed, name)):
+            report.note(f"{case.name}: {name} left out; it takes {dense:.0f} GiB")
+            continue
+        try:
+            step = make()
+            losses = [float(step(x)) for _ in range(1 if DRY else 3)]
+            seconds = step_seconds(lambda step=step: step(x), 10 if case.F <= COLUMNS else 4)
+        except Exception as failure:
+            _must_be_usable(failure)
+            report.check(f"{name} at {case.name} runs", False, why=str(failure)[:300])
+            step = None
+            free_memory()
+            continue
+        ours = ours or seconds
+        row = {"bench": "gpu_step", **shape_of(case), "provider": name, "ms": 1e3 * seconds}
+        row |= {**floor, "over_floor": 1e3 * seconds / floor["floor_ms"], "losses": losses}
+        row["over_ours"] = seconds / ours
+        report.measured(
+            row,
+            f"{case.name:20}{name:32}{1e3 * seconds:9.2f} ms {row['over_floor']:6.2f} x floor"
+            f"{row['over_ours']:7.2f} x ours   losses {losses[0]:.4g} .. {losses[-1]:.4g}",
+        )
+        if name == "fastsae":
+            _launches(report, case, name, lambda step=step: step(x))
+        del step
+        free_memory()
+
+
+def _floor(case: Case, report: Report) -> dict[str, float]:
+    """Milliseconds of one product, the optimizer's bytes and one gather at this GPU's ceilings."""
+    limits = ops.ceilings(case, DEVICE)
+    columns = min(case.F, COLUMNS)
+    gemm = 2e-6 * case.B * case.D * columns / limits["gemm_gflops"] * (case.F / columns)
+    optimizer = OPTIMIZER_BYTES * 2 * case.F * case.D / limits["copy_gbps"] / 1e6
+    gather = 2 * case.B * case.K * case.D / limits["copy_gbps"] / 1e6
+    found = {"gemm_ms": gemm, "optimizer_ms": optimizer, "gather_ms": gather}
+    found |= {"floor_ms": gemm + optimizer + gather, **limits}
+    report.measured(
+        {"bench": "gpu_floor", **shape_of(case), **found},
+        f"floor at {case.name}: "
+        + ", ".join(
+            f"{k} {v:.2f}" if k.endswith("_ms") else f"{k} {v:.0f}" for k, v in found.items()
+        ),
+    )
+    return found

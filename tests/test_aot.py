@@ -1,0 +1,97 @@
+"""Every kernel compiled ahead of time, without a GPU, by two versions of Triton."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import aot  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+OLD = "3.6.0"
+OLD_TRITON = Path(sys.prefix) / f"triton-{OLD}"
+OTHERS = ["sm_80", "sm_100", "gfx942"]
+EVERYWHERE = ["--target", "sm_90", *OTHERS]
+
+
+def start(triton, *arguments):
+    """A process that compiles: kernels that were imported to be interpreted cannot be."""
+    folders = [*([str(OLD_TRITON)] if triton == OLD else []), str(ROOT), str(ROOT / "kernels")]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    # Whether a register is spilled is in the resource usage; disassembling takes as long again.
+    flags = ["--default", "--cached", "--no-disassembly", "--json"]
+    command = [sys.executable, "-m", "bench.aot", *flags, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def compiled_by_both(*arguments):
+    """Rows of each Triton that is there, which run at the same time."""
+    there = ["installed", *([OLD] if OLD_TRITON.is_dir() else [])]
+    running = {triton: start(triton, *arguments) for triton in there}
+    found = {}
+    for triton, process in running.items():
+        out, err = process.communicate()
+        assert out, err
+        found[triton] = [aot.Compiled(**json.loads(line)) for line in out.splitlines()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compiled_by_both(*EVERYWHERE, "--one-of-each", *OTHERS)
+
+
+def check(found, triton):
+    if triton not in found:
+        command = f"{sys.executable} -m pip install --target {OLD_TRITON} --no-deps triton=={OLD}"
+        pytest.skip(f"Triton {OLD} is absent; {command}")
+    rows = found[triton]
+    assert {row.target for row in rows} == set(aot.TARGETS)
+    assert triton == "installed" or {row.triton for row in rows} == {OLD}
+    assert [f"{row.target}: {row.kernel}: {row.error}" for row in rows if row.error] == []
+    nvidia = [row for row in rows if row.target != "gfx942"]
+    assert [f"{row.target}: {row.kernel}" for row in nvidia if not row.fits()] == []
+    hopper = [row for row in rows if row.target == "sm_90"]
+    # Without a stack and without local memory there is nothing that LDL or STL could reach.
+    assert [row.kernel for row in hopper if row.stack or row.local] == []
+
+
+@pytest.mark.parametrize("triton", ["installed", OLD])
+def test_default_kernels_compile_and_spill_nothing_on_sm_90(compiled, triton):
+    """All of them for sm_90, and one configuration of each kernel for the other targets."""
+    check(compiled, triton)
+
+
+@pytest.mark.slow
+def test_default_kernels_compile_for_every_target():
+    found = compiled_by_both(*EVERYWHERE)
+    for triton in found:
+        check(found, triton)
+
+
+def test_every_kernel_file_has_default_configurations():
+    specs = list(aot.all_specs())
+    assert len({spec.name for spec in specs}) == len(specs)
+    kernels = {spec.kernel.__name__ for spec in specs}
+    assert {spec.kernel.__name__ for spec in specs if spec.default} == kernels
+
+
+def test_tables_go_between_the_markers_of_a_page():
+    made = aot.Compiled("k[a]", "sm_90", OLD, 1.0, 40, 0, 0, 512, 300, 20, 0)
+    text = aot.markdown([made, aot.Compiled("l", "sm_80", OLD, 1.0, error="a\nno such type")])
+    assert made.fits() and not replace(made, shared=1 << 20).fits()
+    assert "| k[a] | 40 | 0 | 512 | 300 | 20 |" in text and "| l | no such type |" in text
+    page = "\n".join(["before", aot.MARKERS[0], "old", aot.MARKERS[1], "after"])
+    written = aot.between_markers(page, text)
+    assert written.startswith("before") and written.endswith("after")
+    assert text in written and "old" not in written
+    with pytest.raises(ValueError, match="aot:begin"):
+        aot.between_markers("no markers", text)
