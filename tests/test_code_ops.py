@@ -1,5 +1,7 @@
 """group_by_latent, sparse_decode and mse_l1_loss."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -76,6 +78,7 @@ def loss_terms(i, code, impl):
 @pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
 @pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_each_loss_term_matches_reference(shape, dtype, impl, ragged, weighted):
+    rest: Any
     acts, *rest = ragged_code_of(shape) if ragged else code_of(shape)
     signed = acts * torch.where(torch.rand_like(acts) < 0.2, -1.0, 1.0)
     inputs = weights(shape) | {"acts": signed}
