@@ -1,7 +1,5 @@
 """group_by_latent, sparse_decode and mse_l1_loss."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -78,7 +76,6 @@ def loss_terms(i, code, impl):
 @pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
 @pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_each_loss_term_matches_reference(shape, dtype, impl, ragged, weighted):
-    rest: Any
     acts, *rest = ragged_code_of(shape) if ragged else code_of(shape)
     signed = acts * torch.where(torch.rand_like(acts) < 0.2, -1.0, 1.0)
     inputs = weights(shape) | {"acts": signed}
@@ -87,7 +84,7 @@ def test_each_loss_term_matches_reference(shape, dtype, impl, ragged, weighted):
         inputs["row_weight"] = lattice(shape.B).abs() + 0.125
 
     def losses(i, impl):
-        code = RaggedCode(*rest, i["acts"]) if ragged else SparseCode(i["acts"], *rest)
+        code = RaggedCode(*rest[:2], i["acts"]) if ragged else SparseCode(i["acts"], rest[0])
         return loss_terms(i, code, impl)
 
     wide = torch.promote_types(dtype, torch.float32)
