@@ -84,8 +84,9 @@ def test_each_loss_term_matches_reference(shape, dtype, impl, ragged, weighted):
         inputs["row_weight"] = lattice(shape.B).abs() + 0.125
 
     def losses(i, impl):
-        code = RaggedCode(*rest[:2], i["acts"]) if ragged else SparseCode(i["acts"], rest[0])
-        return loss_terms(i, code, impl)
+        if ragged:
+            return loss_terms(i, RaggedCode(rest[0], rest[1], i["acts"]), impl)
+        return loss_terms(i, SparseCode(i["acts"], rest[0]), impl)
 
     wide = torch.promote_types(dtype, torch.float32)
     check_parity(losses, inputs, all_in(dtype) | {"acts": wide, "row_weight": wide}, impl)
