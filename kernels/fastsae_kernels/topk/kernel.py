@@ -884,6 +884,7 @@ def _merge_spec(dtype: str, k: int, size: int) -> Spec:
             "CHUNK": _merge_chunk(k),
             "DEPTH": 4096 // size,
         },
+        default=size == 64,
     )
 
 
