@@ -4,6 +4,7 @@ Every provider starts from the same weights and returns a closure that trains on
 back the mean squared error summed over D, so that parity can be checked before anything is timed.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ def sae_lens_step(start: Start) -> Step:
 def sparsify_step(start: Start) -> Step:
     """sparsify's SparseCoder in the order of its trainer, with the Adam it takes on a CPU."""
     with quiet():
+        if not torch.cuda.is_available():
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # an installed triton is not a GPU
         from sparsify import SparseCoder, SparseCoderConfig
 
         case = start.case
