@@ -8,7 +8,7 @@ from parity import DEVICE, lattice
 
 pytest.importorskip("triton")
 
-from fastsae_kernels.topk import kernel  # noqa: E402
+from fastsae_kernels.topk import groups, kernel  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_hard_rows_are_exact(F, k):
 
 @pytest.mark.parametrize("F", [1024, 1100])
 def test_large_groups_are_exact(F):
-    assert kernel.group_size(F, 4) == 64
+    assert groups.group_size(F, 4) == 64
     scores = families(F)
     check_exact(scores, encode_scores(scores, 4))
 

@@ -38,23 +38,23 @@ def shape_of(case: Case) -> Row:
 
 
 def tiles() -> list[Any]:
-    from fastsae_kernels.topk import kernel
+    from fastsae_kernels.topk import groups
 
-    return list(kernel.HALF_TILES if not DRY else kernel.HALF_TILES[:1])
+    return list(groups.HALF_TILES if not DRY else groups.HALF_TILES[:1])
 
 
 @contextmanager
 def forced_tile(tile: Any) -> Iterator[None]:
     """Encode with this tile instead of the one of the table."""
     from fastsae_kernels._triton import padded
-    from fastsae_kernels.topk import kernel
+    from fastsae_kernels.topk import groups
 
-    chosen = kernel.choose_tile
-    kernel.choose_tile = lambda x: tile._replace(rows=min(tile.rows, padded(len(x))))
+    chosen = groups.choose_tile
+    groups.choose_tile = lambda x, limited: tile._replace(rows=min(tile.rows, padded(len(x))))
     try:
         yield
     finally:
-        kernel.choose_tile = chosen
+        groups.choose_tile = chosen
 
 
 @torch.no_grad()

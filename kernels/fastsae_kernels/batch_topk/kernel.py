@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
-from fastsae_kernels.topk.kernel import (
+from fastsae_kernels.topk.groups import (
     LOWEST,
     affine,
     column,

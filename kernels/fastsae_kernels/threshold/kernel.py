@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.code import MOST_ENTRIES
-from fastsae_kernels.topk.kernel import (
+from fastsae_kernels.topk.groups import (
     GROUP_SIZES,
     Layout,
     affine,

@@ -1,0 +1,512 @@
+"""Groups of columns and their two largest keys: what every fused encode is made of.
+
+`_group_top2` is a matrix product whose epilogue keeps, of each row and group of columns, the
+largest key, where it was, and the second largest; `_score_groups` scores listed groups again. Keys
+are int32 in the order of the scores they are made of, NaN above all, so that every comparison is
+exact and total. 9 bytes for each row and group: 3.5 % of an fp32 [B, F] at groups of 64.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastsae_kernels._triton import UPCAST_DOTS, Spec, device_of, jit, padded
+
+LOWEST = tl.constexpr(-(2**31))
+"""Below every key: a column that does not exist."""
+HIGHEST = tl.constexpr(2**31 - 1)
+GROUP_SIZES = (64, 32, 16)
+
+
+class Tile(NamedTuple):
+    """How the product is divided; a fixed table, since tuning at run time would change bits."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    """128 of a thread let two programs of 8 warps share a multiprocessor: one's epilogue runs
+    under the other's product."""
+
+
+HALF_TILES = (
+    Tile(128, 256, 64, 8, 3),
+    Tile(64, 256, 64, 8, 2, 128),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 4),
+)
+SMALL_TILE = HALF_TILES[2]
+"""For epilogues that need more registers, and GPUs with 100 KB of shared memory."""
+HIP_TILE = Tile(128, 128, 32, 8, 2)
+FLOAT_TILES = (Tile(64, 128, 16, 8, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3))
+
+
+def group_size(d_sae: int, k: int) -> int:
+    """Large groups save memory; four for each latent that is kept are seldom open."""
+    return next((size for size in GROUP_SIZES if d_sae // size >= 4 * k), GROUP_SIZES[-1])
+
+
+@jit
+def keys_from(values, SIGNED: tl.constexpr):
+    """int32 keys in the order of fp32 values, of their ReLU unless SIGNED; NaN above all."""
+    if SIGNED:
+        bits = (values + 0.0).to(tl.int32, bitcast=True)
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return tl.where(values != values, HIGHEST, ordered)
+    positive = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return positive.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def values_from(keys):
+    """The fp32 values of keys."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit(do_not_specialize=["n_rows"])
+def _group_top2(
+    x,
+    W_enc,
+    offset,
+    scale,
+    limit,
+    first_keys,
+    first_members,
+    second_keys,
+    n_rows,
+    d_in,
+    d_sae,
+    n_groups,
+    stride_x,
+    stride_d,
+    stride_f,
+    SCALED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    # Programs that run together share rows and columns: bands of BAND row tiles, column by column.
+    n_row_tiles = tl.cdiv(n_rows, ROWS)
+    n_column_tiles = tl.cdiv(d_sae, COLUMNS)
+    program = tl.program_id(0)
+    band = program // (BAND * n_column_tiles)
+    height = min(n_row_tiles - band * BAND, BAND)
+    inner = program - band * BAND * n_column_tiles
+    row_tile = band * BAND + inner % height
+    column_tile = inner // height
+
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if not DESCRIPTORS:
+        depth = tl.arange(0, DEPTH)
+        left = x + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
+        right = W_enc + columns.to(tl.int64)[None, :] * stride_f + depth[:, None] * stride_d
+    for start in range(0, d_in, DEPTH):
+        if DESCRIPTORS:
+            a = x.load([row_tile * ROWS, start])
+            b = W_enc.load([column_tile * COLUMNS, start]).T
+        elif EVEN:
+            a = tl.load(left, mask=rows[:, None] < n_rows, other=0.0)
+            b = tl.load(right)
+        else:
+            inside = start + depth < d_in
+            a = tl.load(left, mask=(rows[:, None] < n_rows) & inside[None, :], other=0.0)
+            b = tl.load(right, mask=inside[:, None] & (columns[None, :] < d_sae), other=0.0)
+        b = b.to(a.dtype)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        products = tl.dot(a, b, products, input_precision="ieee")
+        if not DESCRIPTORS:
+            left += DEPTH
+            right += DEPTH * stride_d
+
+    inside = columns < d_sae
+    if SCALED:
+        products *= tl.load(scale + columns, mask=inside, other=1.0)[None, :]
+    products += tl.load(offset + columns, mask=inside, other=0.0)[None, :]
+    keys = keys_from(products, SIGNED)
+    if LIMITED:
+        # "At or below" is what goes, so that NaN stays and is seen.
+        below = products <= tl.load(limit + columns, mask=inside, other=0.0)[None, :]
+        keys = tl.where(below, LOWEST, keys)
+    if not EVEN:
+        keys = tl.where(columns[None, :] < d_sae, keys, LOWEST)
+    # Members of a group are a stride apart, so that one or two lanes hold whole groups.
+    N: tl.constexpr = COLUMNS // SIZE
+    keys = tl.reshape(keys, (ROWS, SIZE, N))
+    first = tl.max(keys, 1)
+    member = tl.arange(0, SIZE)[None, :, None]
+    which = tl.min(tl.where(keys == first[:, None, :], member, SIZE), 1)
+    if LIMITED:
+        second = tl.sum((keys > LOWEST).to(tl.int32), 1)
+    else:
+        second = tl.max(tl.where(member == which[:, None, :], LOWEST, keys), 1)
+
+    groups = column_tile * N + tl.arange(0, N)
+    at = rows.to(tl.int64)[:, None] * n_groups + groups[None, :]
+    stored = rows[:, None] < n_rows
+    tl.store(first_keys + at, first, mask=stored)
+    tl.store(first_members + at, which.to(tl.int8), mask=stored)
+    tl.store(second_keys + at, second, mask=stored)
+
+
+@jit
+def column(groups, members, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    N: tl.constexpr = COLUMNS // SIZE
+    return groups // N * COLUMNS + members * N + groups % N
+
+
+@jit
+def score(
+    x,
+    W_enc,
+    offset,
+    scale,
+    columns,
+    inside,
+    d_in,
+    stride_d,
+    stride_f,
+    SCALED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Keys of rows `x` [R, 1] (pointers) at `columns` [R, N], where `inside`; LOWEST elsewhere.
+
+    Operands are rounded like those of `_group_top2`.
+    """
+    right = W_enc + columns.to(tl.int64)[:, :, None] * stride_f
+    sums = tl.zeros((columns.shape[0], columns.shape[1], DEPTH), tl.float32)
+    for start in range(0, d_in, DEPTH):
+        depth = (start + tl.arange(0, DEPTH))[None, :]
+        within = depth < d_in
+        values = tl.load(x + depth, mask=within, other=0.0)
+        weights = tl.load(
+            right + depth.to(tl.int64)[:, None, :] * stride_d,
+            mask=inside[:, :, None] & within[:, None, :],
+            other=0.0,
+        )
+        sums += weights.to(PRODUCT).to(tl.float32) * values.to(tl.float32)[:, None, :]
+    products = tl.sum(sums, 2)
+    if SCALED:
+        products *= tl.load(scale + columns, mask=inside, other=1.0)
+    products += tl.load(offset + columns, mask=inside, other=0.0)
+    return tl.where(inside, keys_from(products, SIGNED), LOWEST)
+
+
+@jit
+def _score_groups(
+    x,
+    W_enc,
+    offset,
+    scale,
+    rows,
+    groups,
+    n_listed,
+    keys,
+    d_in,
+    d_sae,
+    stride_x,
+    stride_d,
+    stride_f,
+    SCALED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    number = tl.program_id(0)
+    members = tl.arange(0, SIZE)[None, :]
+    listed = number < tl.load(n_listed)
+    row = tl.load(rows + number, mask=listed, other=0).to(tl.int64)
+    columns = column(tl.load(groups + number, mask=listed, other=0), members, SIZE, COLUMNS)
+    found = score(
+        x + row * stride_x + tl.zeros((1, 1), tl.int32),
+        W_enc,
+        offset,
+        scale,
+        columns,
+        listed & (columns < d_sae),
+        d_in,
+        stride_d,
+        stride_f,
+        SCALED,
+        SIGNED,
+        PRODUCT,
+        DEPTH,
+    )
+    tl.store(keys + number.to(tl.int64) * SIZE + members, found)
+
+
+class Layout(NamedTuple):
+    """Which columns make a group: `columns` of a tile, every (columns / size)th of them."""
+
+    columns: int
+    size: int
+
+
+class Groups(NamedTuple):
+    """What the first launch leaves of each row and group of columns."""
+
+    first_keys: Tensor
+    """[B, G] int32: the largest key."""
+    first_members: Tensor
+    """[B, G] int8: the member of the group that has it."""
+    second_keys: Tensor
+    """[B, G] int32: the second largest key; with a limit, how many members are above theirs."""
+    layout: Layout
+
+
+def affine(b_enc: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """offset, scale [F] in fp32: (product + b_enc) * scale = product * scale + offset."""
+    if scale is None:
+        return b_enc.float(), None
+    return b_enc.float() * scale.float(), scale.float()
+
+
+def choose_tile(x: Tensor, limited: bool) -> Tile:
+    """The tile of a product: the first of the table, or what a lesser GPU has memory for."""
+    tile = FLOAT_TILES[0] if x.dtype == torch.float32 else HALF_TILES[0]
+    if x.dtype != torch.float32 and x.is_cuda:
+        if torch.version.hip:
+            tile = HIP_TILE
+        elif limited or torch.cuda.get_device_capability(x.device) < (9, 0):
+            tile = SMALL_TILE
+    return tile._replace(rows=min(tile.rows, padded(len(x))))
+
+
+def group_top2(
+    x: Tensor,
+    W_enc: Tensor,
+    offset: Tensor,
+    size: int,
+    scale: Tensor | None,
+    signed: bool,
+    limit: Tensor | None = None,
+) -> Groups:
+    """Launch the product. `offset` [F] is added to it after `scale` [F] multiplied it, in fp32.
+
+    With a `limit` [F], only the keys of values above their column's count.
+    """
+    tile = choose_tile(x, limit is not None)
+    d_in, d_sae = W_enc.shape
+    n_column_tiles = -(-d_sae // tile.columns)
+    n_groups = n_column_tiles * (tile.columns // size)
+    shape = len(x), n_groups
+    first_keys = torch.empty(shape, dtype=torch.int32, device=x.device)
+    second_keys = torch.empty_like(first_keys)
+    first_members = torch.empty(shape, dtype=torch.int8, device=x.device)
+    descriptors = _takes_descriptors(x, W_enc)
+    left, right = (x, W_enc) if not descriptors else _descriptors(x, W_enc, tile)
+    n_tiles = -(-len(x) // tile.rows) * n_column_tiles
+    with device_of(x):
+        _group_top2[(n_tiles,)](
+            left,
+            right,
+            offset,
+            offset if scale is None else scale,
+            offset if limit is None else limit,
+            first_keys,
+            first_members,
+            second_keys,
+            len(x),
+            d_in,
+            d_sae,
+            n_groups,
+            x.stride(0),
+            W_enc.stride(0),
+            W_enc.stride(1),
+            SCALED=scale is not None,
+            LIMITED=limit is not None,
+            SIGNED=signed,
+            DESCRIPTORS=descriptors,
+            EVEN=d_in % tile.depth == 0 and d_sae % tile.columns == 0,
+            UPCAST=UPCAST_DOTS,
+            SIZE=size,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            BAND=8,
+            **_launch_options(tile),
+        )
+    return Groups(first_keys, first_members, second_keys, Layout(tile.columns, size))
+
+
+def score_groups(
+    x: Tensor,
+    W_enc: Tensor,
+    offset: Tensor,
+    scale: Tensor | None,
+    signed: bool,
+    layout: Layout,
+    rows: Tensor,
+    groups: Tensor,
+    n_listed: Tensor,
+    keys: Tensor,
+) -> None:
+    """Write the keys of the first `n_listed` (row, group) pairs to `keys` [n, SIZE] int32.
+
+    Columns that do not exist, and pairs beyond, get the lowest key.
+    """
+    if len(rows) == 0:
+        return
+    with device_of(x):
+        _score_groups[(len(rows),)](
+            x,
+            W_enc,
+            offset,
+            offset if scale is None else scale,
+            rows,
+            groups,
+            n_listed,
+            keys,
+            *W_enc.shape,
+            x.stride(0),
+            W_enc.stride(0),
+            W_enc.stride(1),
+            SCALED=scale is not None,
+            SIGNED=signed,
+            PRODUCT=TRITON_TYPES[x.dtype],
+            SIZE=layout.size,
+            COLUMNS=layout.columns,
+            DEPTH=4096 // layout.size,
+            num_warps=4,
+        )
+
+
+def member_columns(groups: Tensor, layout: Layout) -> Tensor:
+    """[n, SIZE] int64: the columns that are members of `groups` [n]."""
+    per_tile = layout.columns // layout.size
+    members = torch.arange(layout.size, device=groups.device) * per_tile
+    first = groups.long() // per_tile * layout.columns + groups.long() % per_tile
+    return first[:, None] + members
+
+
+def keys_of(values: Tensor) -> Tensor:
+    """The int32 keys of fp32 values."""
+    bits = values.view(torch.int32)
+    return torch.where(values.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & (2**31 - 1)))
+
+
+def values_of(keys: Tensor) -> Tensor:
+    """The fp32 values of int32 keys."""
+    return (keys ^ ((keys >> 31) & (2**31 - 1))).view(torch.float32)
+
+
+TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.max_registers is not None and not torch.version.hip:
+        options["maxnreg"] = tile.max_registers
+    return options
+
+
+def _takes_descriptors(x: Tensor, W_enc: Tensor) -> bool:
+    """Hopper's tensor copies want rows of whole 16 bytes, contiguous, in one dtype each."""
+    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return False
+    aligned = (t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+               for t in (x, W_enc.t()))  # fmt: skip
+    return W_enc.stride(0) == 1 and all(aligned)
+
+
+def _descriptors(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[object, object]:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(W_enc.t(), [tile.columns, tile.depth]),
+    )
+
+
+def _group_top2_spec(
+    dtype: str, tile: Tile, size: int, descriptors: bool, default: bool, **changed: bool
+) -> Spec:
+    operands = {"x": f"*{dtype}", "W_enc": f"*{dtype}"}
+    if descriptors:
+        operands = {
+            "x": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>",
+            "W_enc": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>",
+        }
+    keys = {"first_keys": "*i32", "first_members": "*i8", "second_keys": "*i32"}
+    sizes = dict.fromkeys(("n_rows", "d_in", "d_sae", "n_groups", "stride_x", "stride_f"), "i32")
+    return Spec(
+        f"topk.group_top2[{dtype}, {'x'.join(map(str, tile[:5]))}, groups of {size}"
+        f"{', descriptors' if descriptors else ''}]",
+        _group_top2,
+        {**operands, "offset": "*fp32", "scale": "*fp32", "limit": "*fp32", **keys, **sizes},
+        {
+            "stride_d": 1,
+            "SCALED": True,
+            "LIMITED": False,
+            "SIGNED": False,
+            "DESCRIPTORS": descriptors,
+            "EVEN": True,
+            "UPCAST": False,
+            "SIZE": size,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "BAND": 8,
+            **changed,
+        },
+        tile.num_warps,
+        tile.num_stages,
+        tile.max_registers,
+        default,
+    )
+
+
+def _score_spec(dtype: str) -> Spec:
+    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
+    pointers |= {"rows": "*i32", "groups": "*i32", "n_listed": "*i32", "keys": "*i32"}
+    return Spec(
+        f"topk.score_groups[{dtype}]",
+        _score_groups,
+        {**pointers, **dict.fromkeys(("d_in", "d_sae", "stride_x", "stride_f"), "i32")},
+        {
+            "stride_d": 1,
+            "SCALED": True,
+            "SIGNED": False,
+            "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
+            "SIZE": 64,
+            "COLUMNS": 256,
+            "DEPTH": 64,
+        },
+    )
+
+
+def specs() -> Iterator[Spec]:
+    for dtype, tiles in (("bf16", HALF_TILES), ("fp32", FLOAT_TILES)):
+        for number, tile in enumerate(tiles):
+            for size in GROUP_SIZES:
+                for descriptors in (False, True):
+                    yield _group_top2_spec(dtype, tile, size, descriptors, number == 0)
+        uneven = _group_top2_spec(dtype, tiles[0], 64, False, True, EVEN=False)
+        yield uneven._replace(name=f"{uneven.name}, uneven")
+        tile = SMALL_TILE if dtype == "bf16" else tiles[0]
+        signed = _group_top2_spec(dtype, tile, 64, False, True, EVEN=False, SIGNED=True)
+        yield signed._replace(name=f"{signed.name}, signed")
+        limits = _group_top2_spec(
+            dtype, tile, 64, False, True, EVEN=False, SIGNED=True, LIMITED=True
+        )
+        yield limits._replace(name=f"{limits.name}, limits")
+        yield _score_spec(dtype)
+    yield _group_top2_spec("bf16", HIP_TILE, 64, False, True)
