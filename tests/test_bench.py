@@ -233,3 +233,12 @@ def test_the_gpu_run_fits_its_eight_minutes():
 
 def test_launches_of_a_run_without_a_gpu_are_none():
     assert measure.launches(lambda: torch.ones(2) + 1, calls=1) == {}
+
+
+def test_the_miniature_is_large_enough_for_the_kernels():
+    """Smaller dictionaries are left to `eager`, and the check would check nothing."""
+    kernel = pytest.importorskip("fastsae_kernels.topk.kernel")
+    from bench.gpu import harness
+
+    for case in (harness.QUICK.encode[0], harness.QUICK.training):
+        assert kernel.fits(case.F, case.K)

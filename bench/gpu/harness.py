@@ -75,7 +75,7 @@ FULL = Scale(
     training_steps=100,
     repeats=15,
 )
-_TINY = Case("tiny", 5, 24, 32, 2)
+_TINY = Case("tiny", 5, 24, 128, 2)
 QUICK = Scale(
     parity=_TINY,
     ops=(_TINY,),
@@ -85,7 +85,7 @@ QUICK = Scale(
     wide=_TINY,
     tall=_TINY,
     long=_TINY,
-    training=Case("tiny-real", 4, 576, 32, 2),
+    training=Case("tiny-real", 4, 576, 128, 2),
     training_steps=1,
     repeats=1,
 )
