@@ -41,6 +41,7 @@ from fastsae.data import (
 )
 from fastsae.data.batches import ShuffledRows
 from fastsae.evaluation import ReconstructionMetrics, loss_recovered
+from fastsae.training.scaling import AverageNorm
 
 FILE = "quality"
 CURVE_STEPS = 25
@@ -109,6 +110,8 @@ def train_fastsae(setting: Setting, data: Data, seed: int, clock: Clock) -> Outc
     )
     run = TrainConfig(sae=sae_cfg, total_tokens=setting.tokens, seed=seed)
     trainer = Trainer(run, device="cpu")
+    scaling = trainer.scaling
+    assert isinstance(scaling, AverageNorm)
     cfg = trainer.cfg
     clock.every = max(1, cfg.total_steps // CURVE_STEPS)
     batches = ShuffledRows(data.train, cfg.batch_size or 1, seed)
@@ -117,7 +120,7 @@ def train_fastsae(setting: Setting, data: Data, seed: int, clock: Clock) -> Outc
         for step in range(cfg.total_steps):
             if step:
                 clock.stop()
-            scale = trainer.scale
+            scale = scaling.factor
             clock.look(step, lambda x, s=scale: trainer.sae(x * s) / s)
             batch = batches.batch(step)
             clock.start()

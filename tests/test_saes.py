@@ -300,12 +300,6 @@ def test_the_trainers_normalisation_is_none_of_the_saes(sae, x):
     assert torch.equal(scaled_by_trainer(x), sae(x))
 
 
-@pytest.mark.parametrize("mode", ["constant_norm_rescale", "layer_norm"])
-def test_training_with_run_time_normalisation_is_refused(sae, x, mode):
-    with pytest.raises(ValueError, match="normalize_activations must be 'none' or"):
-        build_like(sae, normalize_activations=mode).loss(x.flatten(0, 1))
-
-
 def test_rows_of_another_width_are_refused(sae, x):
     narrow = x[..., :-1]
     for call in (sae, sae.encode, sae.encode_sparse, lambda rows: sae.loss(rows.flatten(0, 1))):

@@ -238,7 +238,7 @@ class TestStep:
     def test_initialise_scales_rows_to_norm_root_d_and_centres_them(self):
         trainer = Trainer(config(), device="cpu")
         trainer.initialise(ROWS.rows)
-        scaled = ROWS.rows * trainer.scale
+        scaled = ROWS.rows * trainer.scaling.factor
         assert float(scaled.norm(dim=1).mean()) == pytest.approx(math.sqrt(D), rel=1e-5)
         assert torch.allclose(trainer.sae.b_dec, scaled.mean(0), atol=1e-6)
 
@@ -257,7 +257,7 @@ class TestStep:
         x = ROWS.batch(0)
         trainer.fit([x], progress=lines.append)
         untrained.initialise(x)
-        x = x * untrained.scale
+        x = x * untrained.scaling.factor
         error = untrained.sae(x).detach() - x
         spread = (x - x.mean(0)).square().sum()
         (line,) = lines
@@ -279,8 +279,8 @@ class TestExport:
         exported = train(trainer)
         assert exported is not None
         before, x = state(trainer), ROWS.batch(0)
-        expected = trainer.sae(x * trainer.scale) / trainer.scale
-        assert abs(trainer.scale - 1) > 0.1
+        expected = trainer.sae(x * trainer.scaling.factor) / trainer.scaling.factor
+        assert abs(trainer.scaling.factor - 1) > 0.1
         assert relative_error(exported(x).detach(), expected.detach()) < 1e-5
         assert exported.cfg.normalize_activations == "none"
         assert_same_bits(state(trainer), before)

@@ -65,7 +65,7 @@ def state(trainer):
         for key, value in trainer.optimizer.state[parameter].items():
             found[f"{name}.{key}"] = value
     found |= {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
-    return found | {"counters": torch.tensor([trainer.steps_done, trainer.scale]).double()}
+    return found | trainer.scaling.state_dict() | {"steps_done": torch.tensor(trainer.steps_done)}
 
 
 def assert_same_bits(got, want):

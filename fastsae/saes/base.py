@@ -9,17 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fastsae_kernels import Impl, RaggedCode, SparseCode, sparse_decode
+from fastsae_kernels import MSEL1, Impl, RaggedCode, SparseCode, mse_l1_loss, sparse_decode
 
-Normalization = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
+Normalization = Literal[
+    "none",
+    "expected_average_only_in",
+    "covariance_whitening",
+    "constant_norm_rescale",
+    "layer_norm",
+]
 Reshaping = Literal["none", "hook_z"]
-RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
 
 T = TypeVar("T", bound="SAE")
@@ -43,7 +48,7 @@ class SAEConfig:
     """Subtract b_dec from the input before encoding."""
     normalize_activations: Normalization = "none"
     """What is done to a row before encoding and undone after decoding. `expected_average_only_in`
-    is done by the trainer and folded into the weights when it saves."""
+    and `covariance_whitening` are done by the trainer and folded into the weights when it saves."""
     reshape_activations: Reshaping = "none"
     """`hook_z` flattens rows [n_heads, d_head] on the way in and restores them on the way out."""
     decoder_init_norm: float = 0.1
@@ -69,13 +74,13 @@ class SAEConfig:
         if not self.decoder_init_norm > 0:
             raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
 
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed: D, but for transcoders."""
+        return self.d_in
+
     def check_trainable(self) -> None:
-        """Raise ValueError for a normalisation that only exists when an SAE is used."""
-        if self.normalize_activations in RUN_TIME_NORMALIZATIONS:
-            raise ValueError(
-                "normalize_activations must be 'none' or 'expected_average_only_in' to train, got "
-                f"{self.normalize_activations!r}; normalise the rows before training instead"
-            )
+        """Raise ValueError for what only exists when an SAE is used."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"architecture": self.architecture, **asdict(self)}
@@ -97,16 +102,29 @@ class SAELoss:
     terms: dict[str, Tensor]
     """Each term as it enters the total, detached."""
     x: Float[Tensor, "B D"]
-    err: Float[Tensor, "B D"]
-    """x_hat - x, detached."""
+    err: Float[Tensor, "B D_out"]
+    """x_hat - x, detached; for a transcoder, x_hat - target."""
     counts: Int[Tensor, " F"]
     """On how many rows each latent fired."""
-    code: SparseCode | None = None
+    code: SparseCode | RaggedCode | None = None
     """The code, where it was made sparse."""
+    target: Float[Tensor, "B D_out"] | None = None
+    """What was reconstructed, where it is not x."""
 
     @property
-    def x_hat(self) -> Float[Tensor, "B D"]:
-        return self.x + self.err
+    def x_hat(self) -> Float[Tensor, "B D_out"]:
+        return (self.x if self.target is None else self.target) + self.err
+
+
+class TrainingRows(NamedTuple):
+    """Rows as a training loss takes them."""
+
+    x: Float[Tensor, "B D"]
+    """What is encoded: normalised, if that is done at run time."""
+    target: Float[Tensor, "B D_out"]
+    """What the decoder's output is compared to."""
+    weight: Float[Tensor, " B"] | None
+    """Of each row's squared error, where the target is not in the units of the input."""
 
 
 class SAE(nn.Module, ABC):
@@ -123,18 +141,24 @@ class SAE(nn.Module, ABC):
     def __init__(self, cfg: SAEConfig, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.cfg = cfg
-        d_in, d_sae, dtype = cfg.d_in, cfg.d_sae, getattr(torch, cfg.dtype)
-        W_dec = torch.empty(d_sae, d_in, device=device)
-        nn.init.kaiming_uniform_(W_dec, a=math.sqrt(5))
-        W_dec.mul_(cfg.decoder_init_norm / W_dec.norm(dim=1, keepdim=True))
-        self.W_dec = nn.Parameter(W_dec.to(dtype))
-        self.W_enc = nn.Parameter(W_dec.to(dtype).clone().t())
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+        self._make_parameters(getattr(torch, cfg.dtype), torch.device(device))
         self.compute_copies: dict[str, Tensor] = {}
         """W_enc and W_dec in the dtype of the products, kept up to date by whoever trains."""
         self._undo: tuple[Tensor, Tensor | None] | None = None
         self._heads: torch.Size | None = None
+
+    def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
+        W_dec = self._initial_rows(self.cfg.d_out, device)
+        self.W_dec = nn.Parameter(W_dec.to(dtype))
+        self.W_enc = nn.Parameter(W_dec.to(dtype).clone().t())
+        self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_out, dtype=dtype, device=device))
+
+    def _initial_rows(self, width: int, device: torch.device) -> Float[Tensor, "F width"]:
+        """Random directions of norm `decoder_init_norm`, one a latent."""
+        rows = torch.empty(self.cfg.d_sae, width, device=device)
+        nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+        return rows.mul_(self.cfg.decoder_init_norm / rows.norm(dim=1, keepdim=True))
 
     @abstractmethod
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode | RaggedCode:
@@ -151,6 +175,11 @@ class SAE(nn.Module, ABC):
             dead: latents that have not fired for a while, or None.
             step: number of training steps done, for coefficients that warm up.
         """
+
+    @torch.no_grad()
+    def initialise(self, rows: Float[Tensor, "N D"]) -> None:
+        """Start from a sample of the rows: b_dec at their mean."""
+        self.b_dec.copy_(rows.mean(0))
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, zero where a latent is not active: for tools that expect [..., F]."""
@@ -170,6 +199,14 @@ class SAE(nn.Module, ABC):
         """decode(encode(x)), without dense acts."""
         x_hat = self.decode(self.encode_sparse(x))
         return x_hat.reshape(x.shape).to(x.dtype)
+
+    def pre_acts(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        """Dense (x - b_dec) W_enc + b_enc, before any rescaling by decoder norms; differentiable.
+
+        For tools that read pre-activations: nothing in training calls it.
+        """
+        rows = self._prepare(x)
+        return (rows if self.b_pre is None else rows - self.b_pre) @ self.W_enc + self.b_enc
 
     def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
         """The acts that multiply W_dec's rows."""
@@ -214,9 +251,34 @@ class SAE(nn.Module, ABC):
             x_hat = x_hat if shift is None else x_hat + shift
         return x_hat if self._heads is None else x_hat.unflatten(-1, self._heads)
 
-    def _training_rows(self, x: Tensor) -> Tensor:
+    def _training_rows(self, x: Tensor) -> "TrainingRows":
+        """Rows in their own dtype, which is the product's."""
         self.cfg.check_trainable()
-        return self._normalise(x)  # in their own dtype, which is the product's
+        z = self._normalise(x)
+        if self._undo is None:
+            return TrainingRows(z, z, None)
+        factor, shift = self._undo
+        # |factor x_hat + shift - x|^2 = factor^2 |x_hat - (x - shift) / factor|^2.
+        target = (x.reshape(z.shape) - (0 if shift is None else shift)) / factor
+        return TrainingRows(z, target, factor.squeeze(-1).square())
+
+    def _reconstruction(
+        self, rows: "TrainingRows", code: SparseCode | RaggedCode, l1_weight: Tensor | None = None
+    ) -> MSEL1:
+        """The losses of a code, in the units of the rows that were handed in."""
+        mse, l1, err = mse_l1_loss(
+            rows.target,
+            code,
+            self.W_dec,
+            self.b_dec,
+            l1_weight,
+            row_weight=rows.weight,
+            W_compute=self.compute_copies.get("W_dec"),
+            impl=self.impl,
+        )
+        if rows.weight is None:
+            return MSEL1(mse, l1, err)
+        return MSEL1(mse * rows.weight.mean(), l1, err * rows.weight.sqrt().unsqueeze(-1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -243,6 +305,10 @@ class SAE(nn.Module, ABC):
         self.W_enc.mul_(norms)
         self.b_enc.mul_(norms)
 
+    def inference_form(self) -> "SAE":
+        """What is saved for use: this SAE, or the one it turns into once its training is over."""
+        return self
+
     @torch.no_grad()
     def fold_activation_scale(self, scale: float) -> None:
         """Make an SAE trained on `scale * x` one of x: sae(x) = old_sae(scale * x) / scale."""
@@ -250,6 +316,27 @@ class SAE(nn.Module, ABC):
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
         if self.cfg.normalize_activations == "expected_average_only_in":
+            self.cfg = replace(self.cfg, normalize_activations="none")
+
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self,
+        mean: Float[Tensor, " D"],
+        matrix: Float[Tensor, "D D"],
+        inverse: Float[Tensor, "D D"],
+    ) -> None:
+        """Make an SAE trained on z = (x - mean) matrix one of x.
+
+        sae(x) = old_sae(z) inverse + mean. The factors are in float64, products are too; weights keep their dtype.
+        """
+        wide = torch.float64
+        W_enc = matrix @ self.W_enc.to(wide)
+        if not self.cfg.apply_b_dec_to_input:
+            self.b_enc.copy_(self.b_enc.to(wide) - mean @ W_enc)
+        self.W_enc.copy_(W_enc)
+        self.W_dec.copy_(self.W_dec.to(wide) @ inverse)
+        self.b_dec.copy_(self.b_dec.to(wide) @ inverse + mean)
+        if self.cfg.normalize_activations == "covariance_whitening":
             self.cfg = replace(self.cfg, normalize_activations="none")
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:

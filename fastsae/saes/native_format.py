@@ -1,11 +1,14 @@
 """SAELens 6's folder: `cfg.json` and `sae_weights.safetensors`, row-major tensors."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastsae.files import current, replacing_together
 from fastsae.saes.base import SAE
@@ -29,8 +32,6 @@ def write_sae(sae: SAE, path: Path) -> tuple[Path, Path]:
 
 
 def read_sae(path: Path, device: torch.device | str) -> SAE:
-    from fastsae.saes import SAES
-
     config_file, weights_file = current(path / CONFIG), current(path / WEIGHTS)
     if not (config_file.is_file() and weights_file.is_file()):
         raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}")
@@ -40,24 +41,43 @@ def read_sae(path: Path, device: torch.device | str) -> SAE:
         raise ValueError(f"{path / CONFIG} must be JSON, got {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG} must be a JSON object, got {type(config).__name__}")
-    architecture = config.get("architecture")
-    if architecture not in SAES:
-        raise ValueError(
-            f"architecture must be one of {sorted(SAES)}, got {architecture!r} in {path / CONFIG}"
-        )
-    sae_class = SAES[architecture]
     try:
         weights = load_file(weights_file)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is truncated or damaged: {error}") from error
+    return build_sae(config, weights, device, source=str(path))
+
+
+def build_sae(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    device: torch.device | str,
+    source: str,
+) -> SAE:
+    """The SAE of a configuration and tensors in SAELens 6's names.
+
+    Args:
+        source: what errors name as the place both came from.
+
+    Raises:
+        ValueError: the architecture is unknown, or the tensors are not those of the configuration.
+    """
+    from fastsae.saes import SAES
+
+    architecture = config.get("architecture")
+    if architecture not in SAES:
+        raise ValueError(
+            f"architecture must be one of {sorted(SAES)}, got {architecture!r} in {source}"
+        )
+    sae_class = SAES[architecture]
     try:
         cfg = sae_class.config_class.from_dict(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / CONFIG} must describe a {architecture} SAE: {error}") from error
+        raise ValueError(f"{source} must describe a {architecture} SAE: {error}") from error
     sae = sae_class(cfg, device=device)
     wanted = {name: list(t.shape) for name, t in sae.state_dict().items()}
     found = {name: list(t.shape) for name, t in weights.items()}
     if wanted != found:
-        raise ValueError(f"{path / WEIGHTS} must hold {wanted} for its {CONFIG}, got {found}")
-    sae.load_state_dict(weights)  # copies, which keeps W_enc's memory order
+        raise ValueError(f"{source} must hold the tensors {wanted} for its {CONFIG}, got {found}")
+    sae.load_state_dict(dict(weights))  # copies, which keeps W_enc's memory order
     return sae

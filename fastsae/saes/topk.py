@@ -1,19 +1,18 @@
 """TopK SAE: the k largest latents of each row. Gao et al. 2024, arXiv 2406.04093."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss
+from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,
     aux_topk,
     group_by_latent,
-    mse_l1_loss,
     topk_encode,
 )
 
@@ -63,36 +62,42 @@ class TopKSAE(SAE):
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
-        x = self._training_rows(x)
+        rows = self._training_rows(x)
         scale = self._scale()
         # Without gradient: in acts / n it cancels against the one of the encoder's h * n.
         scale = None if scale is None else scale.detach()
-        code = self._encode(x, scale)
-        unscaled = _divided(code, scale)
-        mse, _, err = mse_l1_loss(
-            x,
-            unscaled,
-            self.W_dec,
-            self.b_dec,
-            W_compute=self.compute_copies.get("W_dec"),
-            impl=self.impl,
-        )
+        code = self._encode(rows.x, scale)
+        mse, _, err = self._reconstruction(rows, _divided(code, scale))
         total, terms = mse, {"mse": mse.detach()}
         if dead is not None and self.cfg.aux_loss_coefficient:
-            auxk = self.cfg.aux_loss_coefficient * aux_topk(
-                x,
-                err,
-                dead,
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
-                b_pre=self.b_pre,
-                scale=scale,
-                impl=self.impl,
-            )
+            auxk = self._auxk(rows, err, dead, scale)
             total, terms["auxk"] = total + auxk, auxk.detach()
         groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
         return SAELoss(total, terms, x, err, groups.counts(), code)
+
+    def _auxk(self, rows: TrainingRows, err: Tensor, dead: Tensor, scale: Tensor | None) -> Tensor:
+        """AuxK, weighted.
+
+        Raises:
+            ValueError: rows are normalised at run time, where AuxK is not defined.
+        """
+        if rows.weight is not None and bool(dead.any()):
+            raise ValueError(
+                "aux_loss_coefficient must be 0 to train with normalize_activations "
+                f"{self.cfg.normalize_activations!r}, got {self.cfg.aux_loss_coefficient}; "
+                "normalise the rows before training instead"
+            )
+        return self.cfg.aux_loss_coefficient * aux_topk(
+            rows.x,
+            err,
+            dead,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            b_pre=self.b_pre,
+            scale=scale,
+            impl=self.impl,
+        )
 
     def _scale(self) -> Tensor | None:
         return self.decoder_norms() if self.cfg.rescale_acts_by_decoder_norm else None
@@ -120,6 +125,13 @@ class TopKSAE(SAE):
                 "got False: folding would change which k latents are the largest"
             )
         super().fold_W_dec_norm()
+
+    def fold_activation_whitening(self, mean: Tensor, matrix: Tensor, inverse: Tensor) -> None:
+        """As for every SAE; norms are folded first, since whitening changes them."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            self.fold_W_dec_norm()
+            self.cfg = replace(self.cfg, rescale_acts_by_decoder_norm=False)
+        super().fold_activation_whitening(mean, matrix, inverse)
 
 
 def _divided(code: T, scale: Tensor | None) -> T:

@@ -26,12 +26,12 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
     if path.exists():  # of the same bits: it was resumed from, or written just before
         return path
     tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
+    tensors |= {f"scaling.{name}": t for name, t in trainer.scaling.state_dict().items()}
     for name, parameter in trainer.sae.named_parameters():
         state = trainer.optimizer.state[parameter]
         tensors |= {f"optimizer.{name}.{key}": state[key] for key in ("step", *MOMENTS)}
     state = {
         "steps_done": trainer.steps_done,
-        "scale": trainer.scale,
         "training_seconds": trainer.training_seconds,
         "config": _config(trainer),
     }
@@ -86,11 +86,11 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
                 for key in MOMENTS
             },
         }
-    trainer.dead.load_state_dict(
-        {k.removeprefix("dead."): t for k, t in tensors.items() if k.startswith("dead.")}
-    )
+    for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
+        part.load_state_dict(
+            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        )
     trainer.steps_done = state["steps_done"]
-    trainer.scale = state["scale"]
     trainer.training_seconds = state["training_seconds"]
 
 

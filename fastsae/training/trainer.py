@@ -18,6 +18,7 @@ from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
 from fastsae.training.log import RunLog
 from fastsae.training.optimizer import build_optimizer, compute_copies, lr_factor
+from fastsae.training.scaling import build_scaling
 
 NEVER_FIRED_FREQUENCY = 1e-10  # what SAELens adds before the logarithm
 
@@ -50,7 +51,7 @@ class Trainer:
         self.compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
         self.copy_weights()
         self.steps_done = 0
-        self.scale = 1.0
+        self.scaling = build_scaling(cfg.sae.normalize_activations)
         self.out = out
         self.log = RunLog(None if out is None else out / "metrics.jsonl")
         self.metrics: dict[str, Any] = {}
@@ -64,15 +65,11 @@ class Trainer:
 
     @torch.no_grad()
     def initialise(self, rows: Float[Tensor, "N D"]) -> None:
-        """Set what depends on the data: the activation scale, and b_dec to the mean of the rows."""
+        """Set what depends on the data: the scaling of the rows, and where the SAE starts."""
         rows = rows.to(self.device, torch.float32)
         check_finite(rows, self.steps_done + 1)
-        if self.cfg.sae.normalize_activations == "expected_average_only_in":
-            norm = float(rows.norm(dim=-1).mean())
-            if norm == 0:
-                raise ValueError("activations must not all be 0 to be scaled, got a mean norm of 0")
-            self.scale = math.sqrt(rows.shape[-1]) / norm
-        self.sae.b_dec.copy_(rows.mean(0) * self.scale)
+        self.scaling.fit(rows)
+        self.sae.initialise(self.scaling.apply(rows))
 
     def fit(
         self,
@@ -138,8 +135,7 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        x = x.to(self.device, self.sae.dtype)
-        x = (x * self.scale if self.scale != 1.0 else x).to(self.compute_dtype)
+        x = self.scaling.apply(x.to(self.device, self.sae.dtype)).to(self.compute_dtype)
         loss = self.sae.loss(x, self.dead.dead(), self.steps_done)
         self.optimizer.zero_grad()
         loss.total.backward()
@@ -154,13 +150,14 @@ class Trainer:
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """A copy that takes rows as they are: activation scale and decoder norms folded in."""
+        """A copy that takes rows as they are, in the form it is used in: scaling and decoder norms
+        folded in."""
         sae = copy.deepcopy(self.sae)
         sae.compute_copies = {}
-        sae.fold_activation_scale(self.scale)
+        self.scaling.fold(sae)
         if sae.can_fold_W_dec_norm:
             sae.fold_W_dec_norm()
-        return sae
+        return sae.inference_form()
 
     def log_sparsity(self) -> Float[Tensor, " F"]:
         """log10 of each latent's firing frequency over the run."""

@@ -1,0 +1,1 @@
+"""SAELens's names with SAELens's defaults: `from fastsae.sae_lens import ...`."""

@@ -1,0 +1,97 @@
+"""What the trainer does to rows so that every model's look alike, undone in the saved weights."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.saes import SAE
+
+WHITENING_RIDGE = 1e-3  # SAELens's, added to each eigenvalue
+
+
+class Scaling:
+    """Rows as they are; the base of what can be done to them.
+
+    `fit` looks at a sample, `apply` maps rows, `fold` makes an SAE of mapped rows one of rows.
+    """
+
+    def fit(self, rows: Float[Tensor, "N D"]) -> None:
+        """Set what depends on the data."""
+
+    def apply(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        return x
+
+    def fold(self, sae: SAE) -> None:
+        """Make `sae`, trained on mapped rows, take rows as they are."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue with what a sample gave an earlier run."""
+
+
+class AverageNorm(Scaling):
+    """x -> s x with s = sqrt(D) / mean |x|."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def fit(self, rows: Float[Tensor, "N D"]) -> None:
+        norm = float(rows.norm(dim=-1).mean())
+        if norm == 0:
+            raise ValueError("activations must not all be 0 to be scaled, got a mean norm of 0")
+        self.factor = math.sqrt(rows.shape[-1]) / norm
+
+    def apply(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        return x * self.factor
+
+    def fold(self, sae: SAE) -> None:
+        sae.fold_activation_scale(self.factor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"factor": torch.tensor(self.factor, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.factor = float(state["factor"])
+
+
+class Whitening(Scaling):
+    """x -> z = (x - mean) E (L + ridge)^(-1/2), with the sample covariance C = E L E^T, in fp64."""
+
+    def __init__(self) -> None:
+        self.mean = self.matrix = self.inverse = torch.empty(0, dtype=torch.float64)
+
+    def fit(self, rows: Float[Tensor, "N D"]) -> None:
+        if len(rows) < 2:
+            raise ValueError(f"rows must be at least 2 to be whitened, got {len(rows)}")
+        wide = rows.double()
+        self.mean = wide.mean(0)
+        eigenvalues, vectors = torch.linalg.eigh(torch.cov(wide.t()))
+        roots = (eigenvalues.clamp_min(0) + WHITENING_RIDGE).sqrt()
+        self.matrix, self.inverse = vectors / roots, (vectors * roots).t().contiguous()
+
+    def apply(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        return (x - self.mean.to(x)) @ self.matrix.to(x)
+
+    def fold(self, sae: SAE) -> None:
+        sae.fold_activation_whitening(self.mean, self.matrix, self.inverse)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        device = self.mean.device
+        self.mean, self.matrix, self.inverse = (
+            state[name].to(device) for name in ("mean", "matrix", "inverse")
+        )
+
+
+def build_scaling(
+    normalize_activations: Literal["none", "expected_average_only_in", "covariance_whitening"]
+    | str,
+) -> Scaling:
+    kinds = {"expected_average_only_in": AverageNorm, "covariance_whitening": Whitening}
+    return kinds.get(normalize_activations, Scaling)()
