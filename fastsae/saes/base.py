@@ -327,7 +327,7 @@ class SAE(nn.Module, ABC):
     ) -> None:
         """Make an SAE trained on z = (x - mean) matrix one of x.
 
-        sae(x) = old_sae(z) inverse + mean. The factors are in float64, products are too; weights keep their dtype.
+        sae(x) = old_sae(z) inverse + mean. Computed in float64; weights keep their dtype.
         """
         wide = torch.float64
         W_enc = matrix @ self.W_enc.to(wide)

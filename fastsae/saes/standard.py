@@ -56,7 +56,7 @@ class StandardSAE(SAE):
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
-        x = self._training_rows(x)
+        x = self._training_rows(x).x
         coefficient = self.l1_coefficient(step)
         result = relu_l1_loss(
             x,

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.saes import SAE
+from fastsae.saes.base import Normalization
 
 WHITENING_RIDGE = 1e-3  # SAELens's, added to each eigenvalue
 
@@ -89,9 +90,7 @@ class Whitening(Scaling):
         )
 
 
-def build_scaling(
-    normalize_activations: Literal["none", "expected_average_only_in", "covariance_whitening"]
-    | str,
-) -> Scaling:
+def build_scaling(normalize_activations: Normalization) -> Scaling:
+    """What a configuration's `normalize_activations` leaves to the trainer."""
     kinds = {"expected_average_only_in": AverageNorm, "covariance_whitening": Whitening}
     return kinds.get(normalize_activations, Scaling)()
