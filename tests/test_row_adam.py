@@ -136,7 +136,7 @@ def test_eager_step_matches_reference():
 
 def test_a_gradient_from_outside_the_ops_is_refused():
     sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
-    optimizer = RowAdam(sae.parameters(), lr=1e-3)
+    optimizer = RowAdam(sae.parameters(), [sae.W_enc, sae.W_dec], lr=1e-3)
     sae.W_dec.square().sum().backward()
     with pytest.raises(RuntimeError, match="grad must be None under RowAdam"):
         optimizer.step()
@@ -172,7 +172,7 @@ def test_a_row_major_encoder_is_refused():
     sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
     row_major = {name: t.contiguous() for name, t in sae.state_dict().items()}
     sae.load_state_dict(row_major, assign=True)
-    optimizer = RowAdam(sae.parameters(), lr=1e-3)
+    optimizer = RowAdam(sae.parameters(), [sae.W_enc, sae.W_dec], lr=1e-3)
     sae.loss(torch.randn(16, 4)).total.backward()
     with pytest.raises((IndexError, ValueError), match="weight|index"):
         optimizer.step()

@@ -297,17 +297,27 @@ class SAE(nn.Module, ABC):
         """Whether the decoder's norms can move into the encoder without changing the function."""
         return True
 
+    @property
+    def encoder_biases(self) -> list[Tensor]:
+        """[F] each: what is added to products with W_enc and so scales with its columns."""
+        return [self.b_enc]
+
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
         """Give W_dec unit rows and the encoder their norms; x_hat stays what it was."""
         norms = self.decoder_norms().clamp_min(1e-8)
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms)
-        self.b_enc.mul_(norms)
+        for bias in self.encoder_biases:
+            bias.mul_(norms)
 
     def inference_form(self) -> "SAE":
         """What is saved for use: this SAE, or the one it turns into once its training is over."""
         return self
+
+    def _bias_gains(self) -> list[float | Tensor]:
+        """What the product with W_enc is multiplied by before each of `encoder_biases`."""
+        return [1.0]
 
     @torch.no_grad()
     def fold_activation_scale(self, scale: float) -> None:
@@ -332,7 +342,8 @@ class SAE(nn.Module, ABC):
         wide = torch.float64
         W_enc = matrix @ self.W_enc.to(wide)
         if not self.cfg.apply_b_dec_to_input:
-            self.b_enc.copy_(self.b_enc.to(wide) - mean @ W_enc)
+            for bias, gain in zip(self.encoder_biases, self._bias_gains(), strict=True):
+                bias.copy_(bias.to(wide) - (mean @ W_enc) * gain)
         self.W_enc.copy_(W_enc)
         self.W_dec.copy_(self.W_dec.to(wide) @ inverse)
         self.b_dec.copy_(self.b_dec.to(wide) @ inverse + mean)

@@ -7,8 +7,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss
-from fastsae_kernels import RaggedCode, relu_l1_loss, threshold_encode
+from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows
+from fastsae.saes.density import is_sparse
+from fastsae_kernels import (
+    ChunkSums,
+    RaggedCode,
+    group_by_latent,
+    relu_l1_loss,
+    row_chunked_loss,
+    row_norms,
+    threshold_encode,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +65,34 @@ class StandardSAE(SAE):
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
-        x = self._training_rows(x).x
+        return self._loss(x, self._training_rows(x), dead, step)
+
+    def _loss(self, x: Tensor, rows: TrainingRows, dead: Tensor | None, step: int) -> SAELoss:
         coefficient = self.l1_coefficient(step)
+        if self.cfg.lp_norm == 1 and is_sparse(self, rows.x):
+            return self._sparse_loss(x, rows, coefficient)
+        if rows.target is rows.x:
+            return self._relu_l1_loss(x, coefficient)
+        return self._dense_loss(x, rows, coefficient)
+
+    def _sparse_loss(self, x: Tensor, rows: TrainingRows, coefficient: float) -> SAELoss:
+        code = threshold_encode(
+            rows.x,
+            self.W_enc,
+            self.b_enc,
+            b_pre=self.b_pre,
+            W_compute=self.compute_copies.get("W_enc"),
+            impl=self.impl,
+        )
+        mse, l1, err = self._reconstruction(rows, code, row_norms(self.W_dec))
+        l1 = coefficient * l1
+        groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
+        terms = {"mse": mse.detach(), "l1": l1.detach()}
+        return SAELoss(mse + l1, terms, x, err, groups.counts(), code)
+
+    def _relu_l1_loss(self, x: Tensor, coefficient: float) -> SAELoss:
         result = relu_l1_loss(
-            x,
+            self._normalise(x),
             self.W_enc,
             self.b_enc,
             self.W_dec,
@@ -71,6 +104,22 @@ class StandardSAE(SAE):
         )
         terms = {"mse": result.mse, "l1": coefficient * result.l1}
         return SAELoss(result.total, terms, x, result.err, result.counts)
+
+    def _dense_loss(self, x: Tensor, rows: TrainingRows, coefficient: float) -> SAELoss:
+        weight = x.new_ones(len(rows.x)) if rows.weight is None else rows.weight
+
+        def chunk_sums(z: Tensor, target: Tensor, weight: Tensor) -> ChunkSums:
+            z = z.to(self.dtype)
+            acts = ((z if self.b_pre is None else z - self.b_pre) @ self.W_enc + self.b_enc).relu()
+            err = acts @ self.W_dec + self.b_dec - target
+            l1 = (acts * self.decoder_norms()).norm(p=self.cfg.lp_norm, dim=-1)
+            terms = {"mse": (err.square().sum(-1) * weight).sum(), "l1": coefficient * l1.sum()}
+            return ChunkSums(terms, err * weight.sqrt().unsqueeze(-1), (acts != 0).sum(0))
+
+        made = row_chunked_loss(
+            chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=self.cfg.d_sae
+        )
+        return SAELoss(made.total, made.terms, x, made.err, made.counts)
 
     def l1_coefficient(self, step: int) -> float:
         """The weight of the sparsity term at a step: linear from 0 over the warm-up."""

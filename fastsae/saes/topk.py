@@ -41,6 +41,8 @@ class TopKConfig(SAEConfig):
 
 class TopKSAE(SAE):
     config_class = TopKConfig
+    ranks_absolute: ClassVar[bool] = False
+    """Whether latents are ranked by the size of h * n, whatever its sign."""
     cfg: TopKConfig
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode:
@@ -67,7 +69,7 @@ class TopKSAE(SAE):
         # Without gradient: in acts / n it cancels against the one of the encoder's h * n.
         scale = None if scale is None else scale.detach()
         code = self._encode(rows.x, scale)
-        mse, _, err = self._reconstruction(rows, _divided(code, scale))
+        mse, _, err = self._reconstruction(rows, divided(code, scale))
         total, terms = mse, {"mse": mse.detach()}
         if dead is not None and self.cfg.aux_loss_coefficient:
             auxk = self._auxk(rows, err, dead, scale)
@@ -96,6 +98,7 @@ class TopKSAE(SAE):
             self.W_dec,
             b_pre=self.b_pre,
             scale=scale,
+            absolute=self.ranks_absolute,
             impl=self.impl,
         )
 
@@ -103,7 +106,7 @@ class TopKSAE(SAE):
         return self.decoder_norms() if self.cfg.rescale_acts_by_decoder_norm else None
 
     def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
-        return _divided(code, self._scale())
+        return divided(code, self._scale())
 
     def _decode_dense(self, acts: Tensor) -> Tensor:
         scale = self._scale()
@@ -134,7 +137,7 @@ class TopKSAE(SAE):
         super().fold_activation_whitening(mean, matrix, inverse)
 
 
-def _divided(code: T, scale: Tensor | None) -> T:
+def divided(code: T, scale: Tensor | None) -> T:
     """The code of the acts that multiply W_dec's rows, norms taken out again."""
     if scale is None:
         return code

@@ -17,6 +17,8 @@ from fastsae_kernels import (
     row_grad_norm,
 )
 
+DICTIONARY = ("W_enc", "W_dec")
+"""Names of the weights with one latent a row."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -28,8 +30,11 @@ def lr_factor(step: int, total_steps: int, warm_up_steps: int, decay_steps: int)
 
 
 def build_optimizer(sae: SAE, cfg: OptimizerConfig, lr: float) -> "RowAdam | PlainAdam":
-    kind = RowAdam if cfg.kind == "row_adam" else PlainAdam
-    return kind(sae.parameters(), lr=lr, betas=cfg.betas, eps=cfg.eps)
+    shared: dict[str, Any] = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps}
+    if cfg.kind == "adam":
+        return PlainAdam(sae.parameters(), **shared)
+    dictionary = [p for name, p in sae.named_parameters() if name in DICTIONARY]
+    return RowAdam(sae.parameters(), dictionary, **shared)
 
 
 def compute_copies(sae: SAE, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -95,20 +100,21 @@ class PlainAdam(torch.optim.Adam):
 class RowAdam(torch.optim.Optimizer):
     """Adam whose dictionary gradients are summed row by row inside the step.
 
-    For two-dimensional parameters backward leaves the pairs that make the gradient instead of
-    `.grad`; the others (biases) have an ordinary gradient. Same numbers as `PlainAdam`.
+    For the weights of the dictionary backward leaves the pairs that make the gradient instead of
+    `.grad`; the others have an ordinary gradient. Same numbers as `PlainAdam`.
     """
 
     def __init__(
         self,
         params: Iterable[nn.Parameter],
+        dictionary: Iterable[nn.Parameter],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         self._parameters = [p for group in self.param_groups for p in group["params"]]
-        self._row_grads = {p: collect_row_grads(p) for p in self._parameters if p.ndim == 2}
+        self._row_grads = {p: collect_row_grads(p) for p in dictionary}
         self._factor: Tensor | None = None
         self.copies: dict[nn.Parameter, Tensor] = {}
         """Of parameters, in another dtype: written in the same pass as they are."""
@@ -153,7 +159,7 @@ class RowAdam(torch.optim.Optimizer):
         self._factor = None
 
     def _gradient(self, p: nn.Parameter) -> list[RowGrad]:
-        if p.ndim == 2:
+        if p in self._row_grads:
             if p.grad is not None:
                 raise RuntimeError(
                     f"grad must be None under RowAdam, got a dense gradient for the weight "

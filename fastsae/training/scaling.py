@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastsae.saes import SAE
 from fastsae.saes.base import Normalization
+from fastsae.saes.transcoder import Transcodes
 
 WHITENING_RIDGE = 1e-3  # SAELens's, added to each eigenvalue
 
@@ -18,11 +19,16 @@ class Scaling:
     `fit` looks at a sample, `apply` maps rows, `fold` makes an SAE of mapped rows one of rows.
     """
 
-    def fit(self, rows: Float[Tensor, "N D"]) -> None:
-        """Set what depends on the data."""
+    def fit(
+        self, rows: Float[Tensor, "N D"], targets: Float[Tensor, "N D_out"] | None = None
+    ) -> None:
+        """Set what depends on the data; `targets` are a transcoder's."""
 
     def apply(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return x
+
+    def apply_to_targets(self, y: Float[Tensor, "B D_out"]) -> Float[Tensor, "B D_out"]:
+        return y
 
     def fold(self, sae: SAE) -> None:
         """Make `sae`, trained on mapped rows, take rows as they are."""
@@ -35,28 +41,43 @@ class Scaling:
 
 
 class AverageNorm(Scaling):
-    """x -> s x with s = sqrt(D) / mean |x|."""
+    """x -> s x with s = sqrt(D) / mean |x|; targets likewise, by a factor of their own."""
 
     def __init__(self) -> None:
         self.factor = 1.0
+        self.target_factor = 1.0
 
-    def fit(self, rows: Float[Tensor, "N D"]) -> None:
-        norm = float(rows.norm(dim=-1).mean())
-        if norm == 0:
-            raise ValueError("activations must not all be 0 to be scaled, got a mean norm of 0")
-        self.factor = math.sqrt(rows.shape[-1]) / norm
+    def fit(
+        self, rows: Float[Tensor, "N D"], targets: Float[Tensor, "N D_out"] | None = None
+    ) -> None:
+        self.factor = _to_root_of_width(rows)
+        self.target_factor = 1.0 if targets is None else _to_root_of_width(targets)
 
     def apply(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return x * self.factor
 
+    def apply_to_targets(self, y: Float[Tensor, "B D_out"]) -> Float[Tensor, "B D_out"]:
+        return y * self.target_factor
+
     def fold(self, sae: SAE) -> None:
-        sae.fold_activation_scale(self.factor)
+        if isinstance(sae, Transcodes):
+            sae.fold_activation_scale(self.factor, self.target_factor)
+        else:
+            sae.fold_activation_scale(self.factor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"factor": torch.tensor(self.factor, dtype=torch.float64)}
+        factors = {"factor": self.factor, "target_factor": self.target_factor}
+        return {name: torch.tensor(f, dtype=torch.float64) for name, f in factors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.factor = float(state["factor"])
+        self.factor, self.target_factor = float(state["factor"]), float(state["target_factor"])
+
+
+def _to_root_of_width(rows: Tensor) -> float:
+    norm = float(rows.norm(dim=-1).mean())
+    if norm == 0:
+        raise ValueError("activations must not all be 0 to be scaled, got a mean norm of 0")
+    return math.sqrt(rows.shape[-1]) / norm
 
 
 class Whitening(Scaling):
@@ -65,7 +86,14 @@ class Whitening(Scaling):
     def __init__(self) -> None:
         self.mean = self.matrix = self.inverse = torch.empty(0, dtype=torch.float64)
 
-    def fit(self, rows: Float[Tensor, "N D"]) -> None:
+    def fit(
+        self, rows: Float[Tensor, "N D"], targets: Float[Tensor, "N D_out"] | None = None
+    ) -> None:
+        if targets is not None:
+            raise ValueError(
+                "normalize_activations must be 'none' or 'expected_average_only_in' for a "
+                "transcoder, got 'covariance_whitening'"
+            )
         if len(rows) < 2:
             raise ValueError(f"rows must be at least 2 to be whitened, got {len(rows)}")
         wide = rows.double()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsae.device import resolve_device
 from fastsae.saes import SAE, SAES, SAELoss
+from fastsae.saes.transcoder import Transcodes
 from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
@@ -20,6 +21,8 @@ from fastsae.training.log import RunLog
 from fastsae.training.optimizer import build_optimizer, compute_copies, lr_factor
 from fastsae.training.scaling import build_scaling
 
+Batch = Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B D_out"]]
+"""Rows, or rows and the targets of a transcoder."""
 NEVER_FIRED_FREQUENCY = 1e-10  # what SAELens adds before the logarithm
 
 
@@ -64,24 +67,30 @@ class Trainer:
         self.optimizer.copies = {getattr(self.sae, name): copy for name, copy in copies.items()}
 
     @torch.no_grad()
-    def initialise(self, rows: Float[Tensor, "N D"]) -> None:
+    def initialise(
+        self, rows: Float[Tensor, "N D"], targets: Float[Tensor, "N D_out"] | None = None
+    ) -> None:
         """Set what depends on the data: the scaling of the rows, and where the SAE starts."""
-        rows = rows.to(self.device, torch.float32)
-        check_finite(rows, self.steps_done + 1)
-        self.scaling.fit(rows)
-        self.sae.initialise(self.scaling.apply(rows))
+        parts = [rows] if targets is None else [rows, targets]
+        for part in parts:
+            check_finite(part, self.steps_done + 1)
+        wide = [part.to(self.device, torch.float32) for part in parts]
+        self.scaling.fit(*wide)
+        scaled = [self.scaling.apply(wide[0]), *map(self.scaling.apply_to_targets, wide[1:])]
+        self.sae.initialise(*scaled)
 
     def fit(
         self,
-        batches: Iterable[Float[Tensor, "B D"]],
+        batches: Iterable[Batch],
         *,
-        sample: Float[Tensor, "N D"] | None = None,
+        sample: Batch | None = None,
         progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> SAE:
         """Train until the run's tokens are used up; returns the SAE as it is exported.
 
         Args:
-            batches: rows [batch_size, D], from the run's current step on.
+            batches: rows [batch_size, D], from the run's current step on; for a transcoder, pairs
+                of rows and targets [batch_size, D_out].
             sample: rows to initialise from; None: the first batch. Unused when resuming.
             progress: called with each line of the log.
 
@@ -99,19 +108,20 @@ class Trainer:
         iterator = iter(batches)
         while self.steps_done < self.cfg.total_steps:
             try:
-                x = next(iterator)
+                batch = next(iterator)
             except StopIteration:
                 raise ValueError(
                     f"batches must last for {self.cfg.total_steps} steps, got {self.steps_done}"
                 ) from None
             if self.steps_done == 0:
-                self.initialise(x if sample is None else sample)
+                self.initialise(*_rows_and_targets(batch if sample is None else sample))
             started = time.perf_counter()
             number = self.steps_done + 1
             logged, saved = self._is_logged(number), self._is_saved(number)
             if logged or saved:
-                check_finite(x, self.steps_done + 1)
-            loss = self.step(x)
+                for part in _rows_and_targets(batch):
+                    check_finite(part, self.steps_done + 1)
+            loss = self.step(*_rows_and_targets(batch))
             self.training_seconds += time.perf_counter() - started
             if logged or saved:
                 self._check_loss(loss)
@@ -127,8 +137,20 @@ class Trainer:
         self.sae.compute_copies = {}
         return self.export()
 
-    def step(self, x: Float[Tensor, "B D"]) -> SAELoss:
-        """One update of the SAE on unscaled rows."""
+    def step(
+        self, x: Float[Tensor, "B D"], target: Float[Tensor, "B D_out"] | None = None
+    ) -> SAELoss:
+        """One update of the SAE on unscaled rows; `target` is what a transcoder predicts.
+
+        Raises:
+            ValueError: a transcoder without a target, or another SAE with one.
+        """
+        if isinstance(self.sae, Transcodes) != (target is not None):
+            given = "None" if target is None else f"a tensor {list(target.shape)}"
+            raise ValueError(
+                "target must be given for transcoders and for nothing else, got "
+                f"{given} for the architecture {self.cfg.sae.architecture!r}"
+            )
         cfg = self.cfg.optimizer
         factor = lr_factor(
             self.steps_done, self.cfg.total_steps, cfg.warm_up_steps or 0, cfg.decay_steps or 0
@@ -136,7 +158,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         x = self.scaling.apply(x.to(self.device, self.sae.dtype)).to(self.compute_dtype)
-        loss = self.sae.loss(x, self.dead.dead(), self.steps_done)
+        wanted: dict[str, Tensor] = {}
+        if target is not None:
+            wanted["target"] = self.scaling.apply_to_targets(target.to(self.device, self.sae.dtype))
+        loss = self.sae.loss(x, self.dead.dead(), self.steps_done, **wanted)
         self.optimizer.zero_grad()
         loss.total.backward()
         if cfg.clip_norm is not None:
@@ -198,7 +223,7 @@ class Trainer:
 
     def _record(self, loss: SAELoss) -> None:
         n_tokens = len(loss.x)
-        rows = loss.x.to(loss.err.dtype)
+        rows = (loss.x if loss.target is None else loss.target).to(loss.err.dtype)
         spread = (rows - rows.mean(0)).square().sum()
         self.metrics = {
             "step": self.steps_done,
@@ -214,6 +239,10 @@ class Trainer:
             "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
         }
         self.log.write(self.metrics)
+
+
+def _rows_and_targets(batch: Batch) -> tuple[Tensor, ...]:
+    return (batch,) if isinstance(batch, Tensor) else batch
 
 
 def check_finite(rows: Tensor, step: int) -> None:

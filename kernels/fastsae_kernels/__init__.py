@@ -24,6 +24,7 @@ from fastsae_kernels.optimizer import row_grad_norm as row_grad_norm
 from fastsae_kernels.row_chunked import ChunkSums as ChunkSums
 from fastsae_kernels.row_chunked import RowChunked as RowChunked
 from fastsae_kernels.row_chunked import row_chunked_loss as row_chunked_loss
+from fastsae_kernels.row_norms import row_norms as row_norms
 from fastsae_kernels.threshold import JumpReLUCode as JumpReLUCode
 from fastsae_kernels.threshold import ReLUL1 as ReLUL1
 from fastsae_kernels.threshold import jumprelu_encode as jumprelu_encode

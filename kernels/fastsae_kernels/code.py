@@ -37,7 +37,8 @@ class SparseCode(NamedTuple):
     def to_dense(self, d_sae: int) -> Tensor:
         """[..., F]: the code as every other tool expects it."""
         dense = self.acts.new_zeros(*self.acts.shape[:-1], d_sae)
-        return dense.scatter(-1, self.indices.long(), self.acts)
+        # Added, since acts of 0 may stand at a latent that is active as well.
+        return dense.scatter_add(-1, self.indices.long(), self.acts)
 
 
 class RaggedCode(NamedTuple):

@@ -15,6 +15,7 @@ def aux_topk(
     *,
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
+    absolute: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """AuxK loss: the dead latents' best reconstruction of what the live ones left over.
@@ -33,6 +34,7 @@ def aux_topk(
         x: [..., D].
         err: [..., D] x_hat - x, what the live latents left over, a constant.
         dead: [F] bool.
+        absolute: pick the latents with the largest |h| * scale instead, as AbsTopK does.
         W_enc, b_enc, W_dec, b_pre, scale: as in `topk_encode` and `sparse_decode`.
         impl: `auto`, `triton`, `eager` or `reference`.
 
@@ -58,7 +60,7 @@ def aux_topk(
     if impl is Impl.REFERENCE:
         from fastsae_kernels.auxk.reference import aux_topk as reference
 
-        return reference(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale)
+        return reference(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute)
     from fastsae_kernels.auxk.function import aux_topk as run
 
-    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, impl)
+    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, impl)

@@ -43,6 +43,7 @@ def aux_topk_sums(
     W_dec: Tensor,
     b_pre: Tensor | None,
     scale: Tensor | None,
+    absolute: bool,
     impl: Impl,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     centred, scored = product_rows(x, b_pre)
@@ -61,15 +62,15 @@ def aux_topk_sums(
         d_enc, d_b_enc, d_dec = (torch.zeros_like(t) for t in rows[:3])
         return centred.new_zeros(()), latents, d_enc, d_b_enc, d_dec
     weight = min(len(latents) / half, 1) / len(x)
-    if len(latents) <= DENSE_BELOW[impl] * k_aux:
-        sums = _dense(centred, err, rows, k_aux)
+    if absolute or len(latents) <= DENSE_BELOW[impl] * k_aux:
+        sums = _dense(centred, err, rows, k_aux, absolute)
     else:
         sums = _sparse(centred, scored, err, rows, k_aux, impl)
     d_enc, d_b_enc, d_dec = (grad.mul_(2 * weight) for grad in sums[1:])
     return sums.loss * weight, latents, d_enc, d_b_enc, d_dec
 
 
-def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
+def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int, absolute: bool) -> _Sums:
     """Row-chunked products with the compact rows; three [chunk, n] tensors at a time."""
     n = len(rows.b_enc)
     sums = _Sums(x.new_zeros(()), *(torch.zeros_like(t) for t in rows[:3]))
@@ -77,6 +78,7 @@ def _dense(x: Tensor, err: Tensor, rows: _Dictionary, k_aux: int) -> _Sums:
     for x_c, err_c in zip(x.split(chunk), err.split(chunk), strict=True):
         h = torch.addmm(rows.b_enc, x_c, rows.W_enc.t())  # [chunk, n]
         ranked = h if rows.scale is None else h * rows.scale
+        ranked = ranked.abs() if absolute else ranked
         picked = ranked.topk(k_aux, dim=1, sorted=False).indices
         acts = torch.zeros_like(h).scatter_(1, picked, h.gather(1, picked))
         error = torch.addmm(err_c, acts, rows.W_dec)

@@ -18,6 +18,7 @@ def aux_topk(
     W_dec: Tensor,
     b_pre: Tensor | None,
     scale: Tensor | None,
+    absolute: bool,
     impl: Impl,
 ) -> Tensor:
     if not torch.compiler.is_compiling() and not bool(dead.any()):
@@ -26,7 +27,7 @@ def aux_topk(
     x, err = x.detach().reshape(-1, x.shape[-1]), err.detach().reshape(-1, err.shape[-1])
     # Outside the Function: its number of latents is only known here, which torch.compile must see.
     with torch.no_grad():
-        sums = aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, impl)
+        sums = aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, impl)
     sinks = row_grads_of(W_enc), row_grads_of(W_dec)
     loss = _AuxTopK.apply(W_enc, b_enc, W_dec, b_pre, *sums, *sinks)
     assert isinstance(loss, Tensor)

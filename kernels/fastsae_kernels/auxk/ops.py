@@ -15,6 +15,7 @@ def aux_topk_sums(
     W_dec: Tensor,
     b_pre: Tensor | None,
     scale: Tensor | None,
+    absolute: bool,
     impl: Impl,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss [], latents [n], and the loss's gradients over the n dead latents' rows.
@@ -22,7 +23,7 @@ def aux_topk_sums(
     Those are d_enc [n, D], d_b_enc [n], d_dec [n, D_out]. The number of dead latents shapes the
     work, so this waits for the device.
     """
-    return _aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, impl.value)
+    return _aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, impl.value)
 
 
 @torch.library.custom_op("fastsae::aux_topk_sums", mutates_args=())
@@ -35,11 +36,12 @@ def _aux_topk_sums(
     W_dec: Tensor,
     b_pre: Tensor | None,
     scale: Tensor | None,
+    absolute: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from fastsae_kernels.auxk.eager import aux_topk_sums as run
 
-    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, Impl(impl))
+    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, Impl(impl))
 
 
 @_aux_topk_sums.register_fake
@@ -52,6 +54,7 @@ def _(
     W_dec: Tensor,
     b_pre: Tensor | None,
     scale: Tensor | None,
+    absolute: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = torch.library.get_ctx().new_dynamic_size()
