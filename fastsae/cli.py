@@ -1,4 +1,4 @@
-"""`fastsae train | eval | demo`."""
+"""`fastsae train | eval | convert | demo`."""
 
 import argparse
 import sys
@@ -16,6 +16,7 @@ from fastsae.device import resolve_device
 from fastsae.evaluation.evaluate import evaluate, report_table
 from fastsae.extras import require
 from fastsae.files import write_json
+from fastsae.interop.convert import Convert, Writable, convert
 from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
 from fastsae.training.language_model_run import (
@@ -115,6 +116,11 @@ def evaluate_saved(args: Eval) -> None:
     if args.out is not None:
         write_json(args.out, report)
         print(f"written to {args.out}")
+
+
+def convert_saved(args: Convert) -> None:
+    """Write a saved SAE in another library's format."""
+    print(convert(args))
 
 
 def demo(args: Demo) -> None:
@@ -223,13 +229,34 @@ def _train_options(variant: str) -> Callable[[Any], None]:
     return train_variant
 
 
+def _positional(command: Callable[[Convert], None]) -> Callable[[Any], None]:
+    """The command with source and destination as plain arguments."""
+    Positional = require("tyro", "train").conf.Positional
+
+    def run(
+        source: Positional[Path],
+        destination: Positional[Path],
+        to: Writable = Convert.to,
+        fold_W_dec_norm: bool = Convert.fold_W_dec_norm,
+    ) -> None:
+        command(Convert(source, destination, to, fold_W_dec_norm))
+
+    run.__doc__ = command.__doc__
+    return run
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; an error is one line on standard error and exit status 1."""
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         tyro = require("tyro", "train")
         tyro.extras.subcommand_cli_from_dict(
-            {"train": _train_options(_variant_in(arguments)), "eval": evaluate_saved, "demo": demo},
+            {
+                "train": _train_options(_variant_in(arguments)),
+                "eval": evaluate_saved,
+                "convert": _positional(convert_saved),
+                "demo": demo,
+            },
             prog="fastsae",
             description="Sparse autoencoders for language models.",
             args=arguments,

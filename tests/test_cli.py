@@ -163,7 +163,7 @@ def test_a_run_is_refused(changes, message, tmp_path):
 def test_a_normalisation_that_cannot_be_trained_is_refused_at_once(tmp_path, capsys):
     own = ["--normalize-activations", "layer_norm"]
     message = refused(["train", "--out", str(tmp_path / "run"), *SMALL, *own], capsys)
-    assert "normalize_activations must be 'none' or 'expected_average_only_in' to train" in message
+    assert "aux_loss_coefficient must be 0 to train with normalize_activations" in message
 
 
 def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):

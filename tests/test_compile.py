@@ -89,7 +89,7 @@ def arguments(dtype):
         (_segment_total, (groups.rows, groups.offsets, coef)),
         (_mse_l1_rows, (x, None, indices, acts, W_dec, b_dec, None, True)),
         (_mse_l1_rows, (x, *ragged, W_dec, b_dec, b_enc, False)),
-        (_aux_topk_sums, (x, err, dead, W_enc, b_enc, W_dec, b_dec, None)),
+        (_aux_topk_sums, (x, err, dead, W_enc, b_enc, W_dec, b_dec, None, False)),
     ]
 
 

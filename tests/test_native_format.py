@@ -93,11 +93,11 @@ def test_a_config_that_is_a_list_is_refused(folder):
         SAE.load_from_disk(folder)
 
 
-@pytest.mark.parametrize("architecture", ["gated", None])
+@pytest.mark.parametrize("architecture", ["hierarchical", None])
 def test_an_unknown_architecture_is_refused(folder, architecture):
     rewrite(folder, architecture=architecture)
     with pytest.raises(
-        ValueError, match=r"architecture must be one of \['standard', 'topk'\], got"
+        ValueError, match=r"architecture must be one of .*'standard', 'topk'.*, got"
     ):
         SAE.load_from_disk(folder)
 
@@ -115,16 +115,14 @@ def test_an_unknown_architecture_is_refused(folder, architecture):
 )
 def test_a_config_that_describes_no_sae_is_refused(folder, changes, named):
     rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=f"(?s)cfg.json must describe a topk SAE: .*{named}"):
+    with pytest.raises(ValueError, match=f"(?s)must describe a topk SAE: .*{named}"):
         SAE.load_from_disk(folder)
 
 
 @pytest.mark.parametrize("changes", [{"d_sae": F + 1}, {"d_in": D - 1}], ids=str)
 def test_shapes_that_do_not_fit_the_config_are_refused(folder, changes):
     rewrite(folder, **changes)
-    with pytest.raises(
-        ValueError, match=r"sae_weights.safetensors must hold .* got .*'b_dec': \[6\]"
-    ):
+    with pytest.raises(ValueError, match=r"must hold the tensors .* got .*'b_dec': \[6\]"):
         SAE.load_from_disk(folder)
 
 

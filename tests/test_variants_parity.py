@@ -162,8 +162,9 @@ def test_losses_and_gradients(peer, case, centred, dead):
     assert_same_loss(peer, ours, theirs, rows(), dead)
 
 
+# SAELens's own matryoshka loss fails there: it has forgotten the norms when it decodes the levels.
 @pytest.mark.parametrize("mode", RUN_TIME)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("matryoshka")])
 def test_losses_and_gradients_under_run_time_normalisation(peer, case, mode):
     torch.manual_seed(1)
     ours, theirs = pair(peer, case, normalize_activations=mode)

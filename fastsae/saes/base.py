@@ -25,6 +25,7 @@ Normalization = Literal[
     "layer_norm",
 ]
 Reshaping = Literal["none", "hook_z"]
+RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
 
 T = TypeVar("T", bound="SAE")
@@ -80,7 +81,7 @@ class SAEConfig:
         return self.d_in
 
     def check_trainable(self) -> None:
-        """Raise ValueError for what only exists when an SAE is used."""
+        """Raise ValueError for what can be used and not trained."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"architecture": self.architecture, **asdict(self)}
@@ -179,7 +180,7 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def initialise(self, rows: Float[Tensor, "N D"]) -> None:
         """Start from a sample of the rows: b_dec at their mean."""
-        self.b_dec.copy_(rows.mean(0))
+        self.b_dec.copy_(self._normalise(rows).mean(0))
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, zero where a latent is not active: for tools that expect [..., F]."""
@@ -253,7 +254,6 @@ class SAE(nn.Module, ABC):
 
     def _training_rows(self, x: Tensor) -> "TrainingRows":
         """Rows in their own dtype, which is the product's."""
-        self.cfg.check_trainable()
         z = self._normalise(x)
         if self._undo is None:
             return TrainingRows(z, z, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae.saes.base import SAEConfig, SAELoss
 from fastsae.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
-from fastsae.saes.topk import TopKSAE
+from fastsae.saes.topk import TopKSAE, refuse_auxk_under_run_time_normalisation
 from fastsae_kernels import RaggedCode, batch_topk_encode
 
 
@@ -23,7 +23,7 @@ class BatchTopKConfig(SAEConfig):
 
     architecture: ClassVar[str] = "batchtopk"
 
-    k: float = 64
+    k: float | int = 64
     """Active latents a row, on average."""
     rescale_acts_by_decoder_norm: bool = True
     """Rank latents by h * n, so that the norms of W_dec's rows do not matter; n = 1 otherwise."""
@@ -38,6 +38,9 @@ class BatchTopKConfig(SAEConfig):
             raise ValueError(f"k must be in (0, d_sae] with d_sae = {self.d_sae}, got {self.k}")
         if not 0 < self.topk_threshold_lr <= 1:
             raise ValueError(f"topk_threshold_lr must be in (0, 1], got {self.topk_threshold_lr}")
+
+    def check_trainable(self) -> None:
+        refuse_auxk_under_run_time_normalisation(self)
 
 
 class BatchTopKSAE(TopKSAE):

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fastsae.files import current, replacing_together
 from fastsae.saes.base import SAE
+from fastsae.saes.older_format import FORMAT_VERSION, from_before_6, is_of_version_6
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
-# Without a version of at least 6 SAELens reads the file as an older format and drops its metadata.
-FORMAT_VERSION = "6.54.12"
 
 
 def write_sae(sae: SAE, path: Path) -> tuple[Path, Path]:
@@ -32,6 +31,11 @@ def write_sae(sae: SAE, path: Path) -> tuple[Path, Path]:
 
 
 def read_sae(path: Path, device: torch.device | str) -> SAE:
+    return build_sae(*read_checkpoint(path), device, source=str(path))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a folder, in version 6's names whatever its version."""
     config_file, weights_file = current(path / CONFIG), current(path / WEIGHTS)
     if not (config_file.is_file() and weights_file.is_file()):
         raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}")
@@ -45,7 +49,9 @@ def read_sae(path: Path, device: torch.device | str) -> SAE:
         weights = load_file(weights_file)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is truncated or damaged: {error}") from error
-    return build_sae(config, weights, device, source=str(path))
+    if is_of_version_6(config):
+        return config, weights
+    return from_before_6(config, weights, source=path)
 
 
 def build_sae(

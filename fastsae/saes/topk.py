@@ -1,13 +1,13 @@
 """TopK SAE: the k largest latents of each row. Gao et al. 2024, arXiv 2406.04093."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows
+from fastsae.saes.base import RUN_TIME_NORMALIZATIONS, SAE, SAEConfig, SAELoss, TrainingRows
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,
@@ -37,6 +37,9 @@ class TopKConfig(SAEConfig):
         super().__post_init__()
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k must be in [1, d_sae] with d_sae = {self.d_sae}, got {self.k}")
+
+    def check_trainable(self) -> None:
+        refuse_auxk_under_run_time_normalisation(self)
 
 
 class TopKSAE(SAE):
@@ -78,17 +81,9 @@ class TopKSAE(SAE):
         return SAELoss(total, terms, x, err, groups.counts(), code)
 
     def _auxk(self, rows: TrainingRows, err: Tensor, dead: Tensor, scale: Tensor | None) -> Tensor:
-        """AuxK, weighted.
-
-        Raises:
-            ValueError: rows are normalised at run time, where AuxK is not defined.
-        """
+        """AuxK, weighted."""
         if rows.weight is not None and bool(dead.any()):
-            raise ValueError(
-                "aux_loss_coefficient must be 0 to train with normalize_activations "
-                f"{self.cfg.normalize_activations!r}, got {self.cfg.aux_loss_coefficient}; "
-                "normalise the rows before training instead"
-            )
+            refuse_auxk_under_run_time_normalisation(self.cfg)
         return self.cfg.aux_loss_coefficient * aux_topk(
             rows.x,
             err,
@@ -135,6 +130,17 @@ class TopKSAE(SAE):
             self.fold_W_dec_norm()
             self.cfg = replace(self.cfg, rescale_acts_by_decoder_norm=False)
         super().fold_activation_whitening(mean, matrix, inverse)
+
+
+def refuse_auxk_under_run_time_normalisation(cfg: Any) -> None:
+    """Raise ValueError: what dead latents should learn there has never been defined."""
+    at_run_time = cfg.normalize_activations in RUN_TIME_NORMALIZATIONS
+    if at_run_time and cfg.aux_loss_coefficient:
+        raise ValueError(
+            "aux_loss_coefficient must be 0 to train with normalize_activations "
+            f"{cfg.normalize_activations!r}, got {cfg.aux_loss_coefficient}; normalise the rows "
+            "before training instead"
+        )
 
 
 def divided(code: T, scale: Tensor | None) -> T:

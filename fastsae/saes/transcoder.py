@@ -79,7 +79,6 @@ class Transcodes(SAE):
         target: Float[Tensor, "B D_out"],
     ) -> SAELoss:
         """The training loss of predicting `target` from x."""
-        self.cfg.check_trainable()
         if target.shape != (*x.shape[:-1], self.cfg.d_out):
             raise ValueError(
                 f"target must have shape [B, D_out] = {[*x.shape[:-1], self.cfg.d_out]}, "

@@ -1,0 +1,73 @@
+"""The one list of checkpoint formats: name -> module with `matches`, `read` and maybe `write`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastsae.interop import (
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    openai,
+    saelens,
+    sparsify,
+)
+from fastsae.interop.checkpoint import Checkpoint
+from fastsae.saes import SAE
+from fastsae.saes.native_format import build_sae
+
+FORMATS: Mapping[str, ModuleType] = {
+    "saelens": saelens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "openai": openai,
+    "gemma_scope": gemma_scope,
+    "llama_scope": llama_scope,
+}
+WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "write"))
+
+
+def detect(path: Path) -> str:
+    """The name of the format of what is at `path`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is in none of the formats.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a checkpoint, got {path} and nothing there")
+    for name, module in FORMATS.items():
+        if module.matches(path):
+            return name
+    found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "another kind of file"
+    raise ValueError(f"path must be in one of the formats {list(FORMATS)}, got {path}: {found}")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """What is at `path`, whatever its format."""
+    return FORMATS[detect(path)].read(path)
+
+
+def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SAE:
+    """The SAE at `path`, whatever its format.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the format is unknown, or a file is damaged or lacks what the format needs.
+    """
+    path = Path(path)
+    return build_sae(*load_checkpoint(path), device=device, source=str(path))
+
+
+def save_checkpoint_as(sae: SAE, path: Path, to: str) -> None:
+    """Write an SAE in another format.
+
+    Raises:
+        ValueError: the format cannot be written, or cannot hold this SAE.
+    """
+    if to not in WRITABLE:
+        raise ValueError(f"to must be one of {list(WRITABLE)}, got {to!r}")
+    weights = {name: t.detach().cpu() for name, t in sae.state_dict().items()}
+    FORMATS[to].write(Checkpoint(sae.cfg.to_dict(), weights), path)
