@@ -15,7 +15,7 @@ else
 PINS := cat
 endif
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-tl4 lint bench clean
 
 demo: $(VENV)/.train-$(TORCH)
 	$(BIN)/fastsae demo
@@ -25,6 +25,18 @@ test: $(VENV)/.test-$(TORCH) lint
 
 test-full: $(VENV)/.test-$(TORCH) lint
 	$(PYTEST)
+
+# TransformerLens 4, which sae-lens does not install beside: an environment of its own.
+test-tl4: .venv-tl4/.ready
+	HF_HUB_OFFLINE=1 .venv-tl4/bin/python -m pytest tests/test_hosts.py tests/test_analysis.py tests/test_transformer_lens.py
+
+.venv-tl4/.ready: pyproject.toml constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv --clear .venv-tl4
+	grep -v '^transformer-lens==' constraints.txt > .venv-tl4/constraints.txt
+	.venv-tl4/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-tl4/constraints.txt torch
+	.venv-tl4/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-tl4/constraints.txt -e ".[train,test]" "transformer-lens>=4"
+	.venv-tl4/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	touch $@
 
 lint: $(VENV)/.test-$(TORCH)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
@@ -49,4 +61,4 @@ $(VENV)/.test-$(TORCH): $(VENV)/.train-$(TORCH)
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-tl4

@@ -98,7 +98,7 @@ def test_saelens_cannot_read_sparsify_and_we_can(tmp_path):
 
 
 def without_nnsight():
-    """The package without its `__init__`: that imports nnsight, which patches torch's FakeTensor."""
+    """The package without its `__init__`: that imports nnsight, which patches FakeTensor."""
     name = "dictionary_learning"
     if name in sys.modules:
         return

@@ -108,7 +108,7 @@ def test_an_unknown_architecture_is_refused(folder, architecture):
         ({"d_in": None}, "d_in"),
         ({"k": 21}, r"k must be in \[1, d_sae\]"),
         ({"k": "three"}, ""),
-        ({"normalize_activations": "covariance_whitening"}, "normalize_activations"),
+        ({"normalize_activations": "l2"}, "normalize_activations"),
         ({"dtype": "float33"}, "dtype"),
     ],
     ids=["missing-d_in", "k-above-d_sae", "k-a-word", "unknown-normalisation", "unknown-dtype"],

@@ -193,7 +193,7 @@ class SAE(nn.Module, ABC):
         if isinstance(acts, Tensor):
             x_hat = self._decode_dense(acts)
         else:
-            x_hat = sparse_decode(self._unscaled(acts), self.W_dec, self.b_dec, impl=self.impl)
+            x_hat = sparse_decode(self.decoder_code(acts), self.W_dec, self.b_dec, impl=self.impl)
         return self._restore(x_hat)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -209,7 +209,13 @@ class SAE(nn.Module, ABC):
         rows = self._prepare(x)
         return (rows if self.b_pre is None else rows - self.b_pre) @ self.W_enc + self.b_enc
 
-    def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
+    def acts_of(
+        self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]
+    ) -> Float[Tensor, "... F"]:
+        """Dense acts that pre-activations, changed or not, of rows x give; differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} has no acts of pre-activations")
+
+    def decoder_code(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
         """The acts that multiply W_dec's rows."""
         return code
 

@@ -78,6 +78,12 @@ class BatchTopKSAE(TopKSAE):
             impl=self.impl,
         )
 
+    def _kept(self, ranked: Tensor) -> Tensor:
+        n_kept = int(self.cfg.k * ranked[..., 0].numel())
+        flat = ranked.flatten()
+        largest = flat.topk(n_kept).indices
+        return torch.zeros_like(flat).scatter(0, largest, flat[largest]).view_as(ranked)
+
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:

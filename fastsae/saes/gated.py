@@ -64,8 +64,13 @@ class GatedSAE(SAE):
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, differentiable in mag and not in the gate."""
-        gate, mag = self._paths(self._prepare(x))
-        return ((gate > 0) * mag.relu()).to(x.dtype)
+        return self.acts_of(self.pre_acts(x), x).to(x.dtype)
+
+    def acts_of(
+        self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]
+    ) -> Float[Tensor, "... F"]:
+        gate, _ = self._paths(self._prepare(x))
+        return (gate > 0) * pre_acts.relu()
 
     def _paths(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """pi and mag of rows."""

@@ -113,8 +113,12 @@ class JumpReLUSAE(SAE):
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, differentiable."""
-        h = self.pre_acts(x)
-        return (h.relu() * (h > self.threshold)).to(x.dtype)
+        return self.acts_of(self.pre_acts(x), x).to(x.dtype)
+
+    def acts_of(
+        self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]
+    ) -> Float[Tensor, "... F"]:
+        return pre_acts.relu() * (pre_acts > self.threshold)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """decode(encode(x)); through dense acts where a gradient is wanted."""

@@ -57,6 +57,9 @@ class MatchingPursuitSAE(SAE):
         """The chosen latents; leading axes of x are flattened into B rows."""
         return self._pursue(self._centred(self._prepare(x)))[0]
 
+    def pre_acts(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        raise NotImplementedError("a matching pursuit SAE has acts of several rounds, not pre-acts")
+
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:

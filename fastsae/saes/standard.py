@@ -52,9 +52,12 @@ class StandardSAE(SAE):
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, differentiable."""
-        rows = self._prepare(x)
-        centred = rows if self.b_pre is None else rows - self.b_pre
-        return (centred @ self.W_enc + self.b_enc).relu().to(x.dtype)
+        return self.acts_of(self.pre_acts(x), x).to(x.dtype)
+
+    def acts_of(
+        self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]
+    ) -> Float[Tensor, "... F"]:
+        return pre_acts.relu()
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """decode(encode(x)); through dense acts where a gradient is wanted."""

@@ -64,6 +64,18 @@ class TopKSAE(SAE):
             impl=self.impl,
         )
 
+    def acts_of(
+        self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]
+    ) -> Float[Tensor, "... F"]:
+        scale = self._scale()
+        ranked = pre_acts if scale is None else pre_acts * scale
+        return self._kept(ranked if self.ranks_absolute else ranked.relu())
+
+    def _kept(self, ranked: Tensor) -> Tensor:
+        """Dense, the entries that are not among the largest set to 0."""
+        largest = ranked.abs().topk(self.cfg.k, dim=-1).indices
+        return torch.zeros_like(ranked).scatter(-1, largest, ranked.gather(-1, largest))
+
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
@@ -100,7 +112,7 @@ class TopKSAE(SAE):
     def _scale(self) -> Tensor | None:
         return self.decoder_norms() if self.cfg.rescale_acts_by_decoder_norm else None
 
-    def _unscaled(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
+    def decoder_code(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
         return divided(code, self._scale())
 
     def _decode_dense(self, acts: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""SAEs with TransformerLens's hook points, under SAELens's names."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from fastsae.saes import SAE
+
+POINTS = (
+    "hook_sae_input",
+    "hook_sae_acts_pre",
+    "hook_sae_acts_post",
+    "hook_sae_recons",
+    "hook_sae_output",
+    "hook_sae_error",
+)
+T = TypeVar("T", bound=SAE)
+Hook = Callable[..., Any]
+
+
+class HookedSAE(SAE):
+    """Mixed into an SAE: hook points on the way from x to x_hat.
+
+    input -> pre-acts, before any rescaling by decoder norms -> acts -> recons -> output, all dense.
+    While nobody listens to any of them the SAE computes as it always does, through sparse codes.
+    """
+
+    use_error_term: bool = False
+    """Whether `forward` adds x - x_hat, as hook_sae_error leaves it, to what it returns."""
+
+    def add_points(self) -> None:
+        for name in POINTS:
+            point = HookPoint()
+            point.name = name
+            setattr(self, name, point)
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        return {name: getattr(self, name) for name in POINTS}
+
+    def listened_to(self) -> bool:
+        """Whether any hook point has a hook."""
+        return any(
+            point._forward_hooks or point._backward_hooks or point._backward_pre_hooks
+            for point in self.hook_dict.values()
+        )
+
+    def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        """Dense acts, through the hook points where somebody listens."""
+        if not self.listened_to():
+            return super().encode(x)
+        x = self.hook_sae_input(x)
+        try:
+            acts = self.acts_of(self.hook_sae_acts_pre(self.pre_acts(x)), x)
+        except NotImplementedError:  # matching pursuit has no pre-activations
+            acts = super().encode(x)
+        return self.hook_sae_acts_post(acts)
+
+    def _decode_dense(self, acts: Tensor) -> Tensor:
+        return self.hook_sae_recons(super()._decode_dense(acts))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D_out"]:
+        """decode(encode(x)), and what it misses where `use_error_term` is set."""
+        if not self.listened_to():
+            if not self.use_error_term:
+                return super().forward(x)
+            x_hat = super().forward(x)
+            return x_hat + (x - x_hat).detach()
+        x_hat = self._reconstruct_aloud(x)
+        if self.use_error_term:
+            with torch.no_grad():
+                error = x - super().forward(x)
+            x_hat = x_hat + self.hook_sae_error(error)
+        return self.hook_sae_output(x_hat)
+
+    def _reconstruct_aloud(self, x: Tensor) -> Tensor:
+        x_hat = self.decode(self.encode(x)).reshape(*x.shape[: x.ndim - 1], -1)
+        if self.cfg.reshape_activations == "hook_z":
+            x_hat = x_hat.reshape(x.shape)
+        skipped = getattr(self, "_skipped", None)
+        return (x_hat if skipped is None else x_hat + skipped(x.to(self.dtype))).to(x.dtype)
+
+    def run_with_hooks(self, x: Tensor, fwd_hooks: list[tuple[str, Hook]]) -> Tensor:
+        """forward(x) with hooks `fn(value, hook)` that see, or replace, what passes a point."""
+        handles = [self._add(name, hook) for name, hook in fwd_hooks]
+        try:
+            return self(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run_with_cache(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """forward(x), and what passed each hook point."""
+        cache: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            cache[str(hook.name)] = value.detach()
+
+        out = self.run_with_hooks(x, [(name, keep) for name in POINTS])
+        return out, cache
+
+    def _add(self, name: str, hook: Hook) -> Any:
+        if name not in POINTS:
+            raise ValueError(f"hook must be one of {list(POINTS)}, got {name!r}")
+        point = getattr(self, name)
+        return point.register_forward_hook(lambda _module, _args, out: hook(out, hook=point))
+
+
+@cache
+def hooked_class(core: type[SAE]) -> type[SAE]:
+    """The SAE's class with hook points mixed in."""
+    return type(core.__name__, (HookedSAE, core), {"__module__": core.__module__})
+
+
+def hooked(sae: T) -> T:
+    """The same SAE, with hook points from here on."""
+    if not isinstance(sae, HookedSAE):
+        sae.__class__ = hooked_class(type(sae))
+        assert isinstance(sae, HookedSAE)
+        sae.add_points()
+    return sae
