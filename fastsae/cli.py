@@ -16,7 +16,7 @@ from fastsae.device import resolve_device
 from fastsae.evaluation.evaluate import evaluate, report_table
 from fastsae.extras import require
 from fastsae.files import write_json
-from fastsae.interop.convert import Convert, Writable, convert
+from fastsae.interop.convert import Convert, convert
 from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
 from fastsae.training.language_model_run import (
@@ -229,20 +229,16 @@ def _train_options(variant: str) -> Callable[[Any], None]:
     return train_variant
 
 
-def _positional(command: Callable[[Convert], None]) -> Callable[[Any], None]:
-    """The command with source and destination as plain arguments."""
-    Positional = require("tyro", "train").conf.Positional
+def _convert_command() -> Callable[[Any], None]:
+    """`convert_saved` with source and destination as plain arguments."""
+    conf = require("tyro", "train").conf
 
-    def run(
-        source: Positional[Path],
-        destination: Positional[Path],
-        to: Writable = Convert.to,
-        fold_W_dec_norm: bool = Convert.fold_W_dec_norm,
-    ) -> None:
-        command(Convert(source, destination, to, fold_W_dec_norm))
+    def convert_positional(args: Any) -> None:
+        convert_saved(args)
 
-    run.__doc__ = command.__doc__
-    return run
+    convert_positional.__annotations__["args"] = conf.PositionalRequiredArgs[Convert]
+    convert_positional.__doc__ = convert_saved.__doc__
+    return convert_positional
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -254,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
             {
                 "train": _train_options(_variant_in(arguments)),
                 "eval": evaluate_saved,
-                "convert": _positional(convert_saved),
+                "convert": _convert_command(),
                 "demo": demo,
             },
             prog="fastsae",

@@ -1,6 +1,7 @@
 """Steering and attribution on plain, hooked and bridged models."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def sae():
     return made
 
 
-def models(tmp_path):
+def models(tmp_path) -> Any:
     """The same kind of model in every form, each as a function tokens -> logits."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -76,7 +77,7 @@ def test_steering_adds_a_vector_of_the_length_asked_for(sae):
 
 
 def test_generation_is_steered(sae):
-    lm = tiny_llama(num_hidden_layers=3)
+    lm: Any = tiny_llama(num_hidden_layers=3)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     plain = lm.model.generate(TOKENS[:1], **options)
     with steer(lm.model, sae, latent=7, strength=200.0):

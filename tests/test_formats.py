@@ -7,6 +7,7 @@ import os
 import sys
 import types
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def assert_same(got, want):
     assert relative_error(got.detach(), want.detach()) <= 1e-5
 
 
-def plain(W_enc, b_enc, W_dec, b_dec, x, activation, centre=True):
+def plain(weights, x, activation, centre=True):
+    W_enc, b_enc, W_dec, b_dec = weights
     h = (x - b_dec if centre else x) @ W_enc + b_enc
     return activation(h) @ W_dec + b_dec
 
@@ -178,7 +180,7 @@ def test_openai_both_ways(tmp_path, kind):
         z, back = (x - mean) / (std + 1e-5), lambda z_hat: z_hat * std + mean
     weights = (state["encoder.weight"].t(), state["latent_bias"], state["decoder.weight"].t())
     activation = topk(5) if kind == "TopK" else torch.relu
-    assert_same(ours(x), back(plain(*weights, state["pre_bias"], z, activation)))
+    assert_same(ours(x), back(plain((*weights, state["pre_bias"]), z, activation)))
     save_checkpoint_as(ours, tmp_path / "back.pt", "openai")
     written = torch.load(tmp_path / "back.pt", weights_only=True)
     for name, value in state.items():
@@ -186,7 +188,12 @@ def test_openai_both_ways(tmp_path, kind):
         assert same is True or written[name] == value, name
 
 
-def gemma_tensors():
+def save_npz(path, tensors):
+    arrays: Any = {name: value.numpy() for name, value in tensors.items()}
+    np.savez(path, **arrays)
+
+
+def gemma_tensors() -> Any:
     return {
         "W_enc": torch.randn(D, F),
         "b_enc": torch.randn(F),
@@ -202,10 +209,10 @@ def jump(threshold):
 
 def test_gemma_scope_1(tmp_path):
     t = gemma_tensors()
-    np.savez(tmp_path / "params.npz", **{name: value.numpy() for name, value in t.items()})
+    save_npz(tmp_path / "params.npz", t)
     ours, x = load_sae(tmp_path), torch.randn(B, D)
-    *weights, threshold = t.values()
-    assert_same(ours(x), plain(*weights, x, jump(threshold), centre=False))
+    weights, threshold = list(t.values())[:4], t["threshold"]
+    assert_same(ours(x), plain(weights, x, jump(threshold), centre=False))
 
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder", "affine"])
@@ -217,8 +224,8 @@ def test_gemma_scope_2(tmp_path, kind):
     points = {"hf_hook_point_in": "a", "hf_hook_point_out": "a" if kind == "sae" else "b"}
     (tmp_path / "config.json").write_text(json.dumps({"model_name": "gemma", **points}))
     ours, x = load_sae(tmp_path), torch.randn(B, D)
-    *weights, threshold = t.values()
-    want = plain(*weights, x, jump(threshold), centre=False)
+    weights, threshold = list(t.values())[:4], t["threshold"]
+    want = plain(weights, x, jump(threshold), centre=False)
     assert_same(ours(x), want + (x @ skip if kind == "affine" else 0))
     wanted = {
         "sae": "jumprelu",
@@ -242,7 +249,7 @@ def test_llama_scope(tmp_path):
     ours, x = load_sae(tmp_path), torch.randn(B, D) * 2
     s = math.sqrt(D) / 9.0
     W_enc, b_enc, W_dec, b_dec = t.values()
-    z_hat = plain(W_enc.t(), b_enc, W_dec.t(), b_dec, s * x, jump(0.7 * s), centre=False)
+    z_hat = plain((W_enc.t(), b_enc, W_dec.t(), b_dec), s * x, jump(0.7 * s), centre=False)
     assert_same(ours(x), z_hat / s)
 
 
@@ -320,7 +327,7 @@ def test_bad_files_are_named(tmp_path):
         load_sae(tmp_path)
     t = gemma_tensors()
     del t["threshold"]
-    np.savez(tmp_path / "params.npz", **{name: value.numpy() for name, value in t.items()})
+    save_npz(tmp_path / "params.npz", t)
     with pytest.raises(ValueError, match=r"params\.npz must hold .*without \['threshold'\]"):
         load_sae(tmp_path)
     whole = (tmp_path / "params.npz").read_bytes()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_hook_on_acts_changes_the_logits_as_in_sae_lens(tmp_path):
         return acts
 
     for point in ("hook_sae_acts_post", "hook_sae_acts_pre"):
-        hooks = [(f"{HOOK}.{point}", ablate)]
+        hooks: Any = [(f"{HOOK}.{point}", ablate)]
         with torch.no_grad():
             want = there.run_with_hooks_with_saes(TOKENS, saes=[theirs], fwd_hooks=hooks)
             got = here.run_with_hooks_with_saes(TOKENS, saes=[ours], fwd_hooks=hooks)
@@ -180,7 +181,7 @@ def test_listening_changes_nothing(architecture):
 
 
 def test_an_sae_without_a_hook_is_refused(bridge):
-    sae = SAES["topk"](SAES["topk"].config_class(d_in=D, d_sae=F, k=3))
+    sae = fastsae.TopKSAE(fastsae.TopKConfig(d_in=D, d_sae=F, k=3))
     with pytest.raises(ValueError, match="hook_name in the SAE's metadata must be a hook point"):
         bridge.add_sae(sae)
 

@@ -11,6 +11,7 @@ from fastsae.data.batches import ShuffledRows
 from fastsae.training import defaults
 from fastsae.training.dead_latents import DeadLatents
 from fastsae.training.optimizer import lr_factor
+from fastsae.training.scaling import AverageNorm
 from parity import relative_error
 from training_runs import (
     KINDS,
@@ -238,7 +239,7 @@ class TestStep:
     def test_initialise_scales_rows_to_norm_root_d_and_centres_them(self):
         trainer = Trainer(config(), device="cpu")
         trainer.initialise(ROWS.rows)
-        scaled = ROWS.rows * trainer.scaling.factor
+        scaled = ROWS.rows * factor_of(trainer)
         assert float(scaled.norm(dim=1).mean()) == pytest.approx(math.sqrt(D), rel=1e-5)
         assert torch.allclose(trainer.sae.b_dec, scaled.mean(0), atol=1e-6)
 
@@ -257,7 +258,7 @@ class TestStep:
         x = ROWS.batch(0)
         trainer.fit([x], progress=lines.append)
         untrained.initialise(x)
-        x = x * untrained.scaling.factor
+        x = x * factor_of(untrained)
         error = untrained.sae(x).detach() - x
         spread = (x - x.mean(0)).square().sum()
         (line,) = lines
@@ -279,8 +280,8 @@ class TestExport:
         exported = train(trainer)
         assert exported is not None
         before, x = state(trainer), ROWS.batch(0)
-        expected = trainer.sae(x * trainer.scaling.factor) / trainer.scaling.factor
-        assert abs(trainer.scaling.factor - 1) > 0.1
+        expected = trainer.sae(x * factor_of(trainer)) / factor_of(trainer)
+        assert abs(factor_of(trainer) - 1) > 0.1
         assert relative_error(exported(x).detach(), expected.detach()) < 1e-5
         assert exported.cfg.normalize_activations == "none"
         assert_same_bits(state(trainer), before)
@@ -335,6 +336,11 @@ BAD_RUNS = {
         "compute_dtype": "half8"
     },
 }
+
+
+def factor_of(trainer):
+    assert isinstance(trainer.scaling, AverageNorm)
+    return trainer.scaling.factor
 
 
 @pytest.mark.parametrize("message", BAD_RUNS)

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -202,7 +203,8 @@ def test_what_is_saved_for_use_is_theirs_to_load(peer, case, tmp_path):
     ours, theirs = pair(peer, case)
     for _ in range(3):  # gives batch top-k its threshold
         x = rows()
-        ours.loss(x), their_loss(peer, theirs, x, None)
+        ours.loss(x)
+        their_loss(peer, theirs, x, None)
     ours.inference_form().save_model(tmp_path / "ours")
     theirs.save_inference_model(tmp_path / "theirs")
     x = rows()
@@ -221,8 +223,10 @@ def test_folding_keeps_the_function_and_is_theirs(peer, case):
     ours, theirs = pair(peer, case)
     x = rows()
     if getattr(ours.cfg, "rescale_acts_by_decoder_norm", True):
-        ours.fold_W_dec_norm(), theirs.fold_W_dec_norm()
-    ours.fold_activation_scale(3.0), theirs.fold_activation_norm_scaling_factor(3.0)
+        ours.fold_W_dec_norm()
+        theirs.fold_W_dec_norm()
+    ours.fold_activation_scale(3.0)
+    theirs.fold_activation_norm_scaling_factor(3.0)
     mean, matrix = torch.randn(D).double(), torch.eye(D).double() + 0.1 * torch.randn(D, D).double()
     ours.fold_activation_whitening(mean, matrix, matrix.inverse())
     theirs.fold_activation_whitening(mean.float(), matrix.float(), matrix.inverse().float())
@@ -318,8 +322,8 @@ def test_transcoder_outputs(peer, architecture, tmp_path):
 @pytest.mark.parametrize("architecture", sorted(TRANSCODERS))
 def test_transcoders_train_to_the_dense_gradient(architecture):
     torch.manual_seed(9)
-    config = SAES[architecture].config_class(d_in=D, d_out=10, d_sae=F, dtype="float64")
-    sae = SAES[architecture](config)
+    kind: Any = SAES[architecture]
+    sae = kind(kind.config_class(d_in=D, d_out=10, d_sae=F, dtype="float64"))
     sae.load_state_dict(randomised(sae.state_dict()))
     x, target = rows().double(), torch.randn(B, 10, dtype=torch.float64)
     found = sae.loss(x, target=target)
@@ -346,7 +350,8 @@ def test_transcoders_learn_and_export_takes_rows_as_they_are(architecture, kind)
     torch.manual_seed(10)
     truth = torch.randn(D, 10)
     fields = {"l0_coefficient": 0.01} if "jumprelu" in architecture else {"l1_coefficient": 0.01}
-    config = SAES[architecture].config_class(
+    kind_of_config: Any = SAES[architecture].config_class
+    config = kind_of_config(
         d_in=D, d_out=10, d_sae=F, normalize_activations="expected_average_only_in", **fields
     )
     cfg = TrainConfig(

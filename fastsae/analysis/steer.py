@@ -46,7 +46,8 @@ def steer(
 
     points = getattr(model, "hook_dict", None)
     if points is None:
-        lm = model if isinstance(model, LanguageModel) else LanguageModel("model", model, None)
+        no_tokenizer: Any = None
+        lm = model if isinstance(model, LanguageModel) else LanguageModel("", model, no_tokenizer)
         with splice(lm, resolve_hook(lm, name), steered):
             yield
         return

@@ -6,6 +6,8 @@ transcoders too, with x affine_skip_connection added to the output. Nothing is s
 
 from pathlib import Path
 
+from torch import Tensor
+
 from fastsae.interop.checkpoint import Checkpoint, checkpoint, pick, read_json, read_tensors
 
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")
@@ -20,7 +22,7 @@ def read(path: Path) -> Checkpoint:
     first = path / "params.npz"
     source = first if first.is_file() else path / "params.safetensors"
     tensors = {name.lower(): t for name, t in read_tensors(source).items()}
-    weights = dict(zip(NATIVE, pick(tensors, NAMES, source), strict=True))
+    weights: dict[str, Tensor] = dict(zip(NATIVE, pick(tensors, NAMES, source), strict=True))
     architecture, metadata = "jumprelu", {}
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")

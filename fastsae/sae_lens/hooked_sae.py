@@ -10,6 +10,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from fastsae.saes import SAE
+from fastsae.saes.transcoder import Transcodes
 
 POINTS = (
     "hook_sae_input",
@@ -30,6 +31,12 @@ class HookedSAE(SAE):
     While nobody listens to any of them the SAE computes as it always does, through sparse codes.
     """
 
+    hook_sae_input: HookPoint
+    hook_sae_acts_pre: HookPoint
+    hook_sae_acts_post: HookPoint
+    hook_sae_recons: HookPoint
+    hook_sae_output: HookPoint
+    hook_sae_error: HookPoint
     use_error_term: bool = False
     """Whether `forward` adds x - x_hat, as hook_sae_error leaves it, to what it returns."""
 
@@ -82,8 +89,9 @@ class HookedSAE(SAE):
         x_hat = self.decode(self.encode(x)).reshape(*x.shape[: x.ndim - 1], -1)
         if self.cfg.reshape_activations == "hook_z":
             x_hat = x_hat.reshape(x.shape)
-        skipped = getattr(self, "_skipped", None)
-        return (x_hat if skipped is None else x_hat + skipped(x.to(self.dtype))).to(x.dtype)
+        if isinstance(self, Transcodes):
+            x_hat = x_hat + self._skipped(x.to(self.dtype))
+        return x_hat.to(x.dtype)
 
     def run_with_hooks(self, x: Tensor, fwd_hooks: list[tuple[str, Hook]]) -> Tensor:
         """forward(x) with hooks `fn(value, hook)` that see, or replace, what passes a point."""

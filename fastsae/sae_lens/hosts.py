@@ -22,7 +22,8 @@ class _Attached(NamedTuple):
     use_error_term: bool
 
 
-Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+Hook = tuple[Any, Callable[..., Any]]
+"""A name, or a function of a name that chooses; and what is called with (value, hook=point)."""
 
 
 class HostsSAEs:
@@ -183,13 +184,15 @@ class HostsSAEs:
     def _split(self, hooks: Sequence[Hook]) -> tuple[list[Hook], list[Hook]]:
         """Hooks on points of attached SAEs, and the others, whose names must exist."""
         own = {f"{name}.{p}" for name, a in self._attached.items() for p in a.sae.hook_dict}
-        ours = [
+        ours: list[Hook] = [
             (name, hook)
             for chosen, hook in hooks
             for name in own
             if (chosen(name) if callable(chosen) else chosen == name)
         ]
-        theirs = [(chosen, hook) for chosen, hook in hooks if callable(chosen) or chosen not in own]
+        theirs: list[Hook] = [
+            (chosen, hook) for chosen, hook in hooks if callable(chosen) or chosen not in own
+        ]
         points = self.hook_dict  # type: ignore[attr-defined]
         for chosen, _ in theirs:
             if not callable(chosen) and chosen not in points:
@@ -267,6 +270,6 @@ def _filter(names_filter: Any) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda _: True
     if callable(names_filter):
-        return names_filter
+        return lambda name: bool(names_filter(name))
     names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
     return lambda name: name in names

@@ -39,6 +39,9 @@ class GatedConfig(SAEConfig):
 class GatedSAE(SAE):
     config_class = GatedConfig
     cfg: GatedConfig
+    b_gate: nn.Parameter
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
 
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         super()._make_parameters(dtype, device)

@@ -1,5 +1,6 @@
 """Transcoders: from one activation to another. Dunefsky et al. 2024, arXiv 2406.11944."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -59,6 +60,8 @@ def _check(cfg: SAEConfig) -> None:
 class Transcodes(SAE):
     """What makes a transcoder of an SAE: a target of its own, and no way back to the input."""
 
+    _loss: Callable[..., SAELoss]
+
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         super()._make_parameters(dtype, device)
         # Input and output are different spaces: nothing ties the two directions of a latent.
@@ -94,9 +97,6 @@ class Transcodes(SAE):
             total = total + per_row.sum()
         return replace(found, total=total, target=target)
 
-    def _loss(self, x: Tensor, rows: TrainingRows, dead: Tensor | None, step: int) -> SAELoss:
-        raise NotImplementedError
-
     def _skipped(self, x: Tensor) -> Tensor | float:
         """What reaches the output around the latents."""
         return 0.0
@@ -125,10 +125,8 @@ class Transcodes(SAE):
 class Transcoder(Transcodes, StandardSAE):
     config_class = TranscoderConfig
     cfg: TranscoderConfig
-    _loss = StandardSAE._loss
 
 
 class JumpReLUTranscoder(Transcodes, JumpReLUSAE):
     config_class = JumpReLUTranscoderConfig
     cfg: JumpReLUTranscoderConfig
-    _loss = JumpReLUSAE._loss
