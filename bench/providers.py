@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.cases import Start
 from fastsae import OptimizerConfig, TopKConfig, TrainConfig, Trainer
+from fastsae.interop.sae_lens import accelerate
 from fastsae_kernels import Impl
 
 LR = 3e-4
@@ -82,13 +83,15 @@ def sae_lens_config(tokens: int, batch_size: int, lr: float, *, dead_window: int
     )
 
 
-def sae_lens_step(start: Start) -> Step:
+def sae_lens_step(start: Start, *, accelerated: bool = False) -> Step:
     with quiet():
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         case = start.case
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=case.D, d_sae=case.F, k=case.K))
+        if accelerated:
+            sae = accelerate(sae)
         cfg = sae_lens_config(10**6 * case.B, case.B, LR, dead_window=10**9)
         no_data: Iterator[Tensor] = iter(())
         trainer = SAETrainer(cfg, sae, no_data)
@@ -182,5 +185,6 @@ PROVIDERS: dict[str, Callable[[Start], Step]] = {
     "reference": lambda start: fastsae_step(start, kind="adam", impl=Impl.REFERENCE),
     "plain-pytorch": plain_step,
     "sae-lens": sae_lens_step,
+    "sae-lens-accelerated": lambda start: sae_lens_step(start, accelerated=True),
     "sparsify": sparsify_step,
 }

@@ -14,6 +14,7 @@ from fastsae_kernels.batch_topk import batch_topk_encode as batch_topk_encode
 from fastsae_kernels.code import LatentGroups as LatentGroups
 from fastsae_kernels.code import RaggedCode as RaggedCode
 from fastsae_kernels.code import SparseCode as SparseCode
+from fastsae_kernels.code import entry_rows as entry_rows
 from fastsae_kernels.decode import sparse_decode as sparse_decode
 from fastsae_kernels.grouping import group_by_latent as group_by_latent
 from fastsae_kernels.loss import MSEL1 as MSEL1
