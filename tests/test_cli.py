@@ -148,12 +148,13 @@ def test_an_option_that_no_variant_has_is_refused(own, named, tmp_path, capsys):
     "changes, message",
     [
         ({"variant": "dense"}, r"variant must be one of \['.*'topk'.*\], got 'dense'"),
+        ({"variant": "transcoder"}, "variant must reconstruct its input, got 'transcoder'"),
         ({"sae": {"kk": 3}}, "sae must hold fields of the variant topk among .*'k'.*, got 'kk'"),
         ({"sae": {"d_in": 3}}, "sae must hold fields of the variant topk among .*, got 'd_in'"),
         ({"layer": 1, "hook": "model.layers.1"}, "layer must be None when hook is given, got 1"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
     ],
-    ids=["variant", "field", "field-of-the-run", "layer", "tokens"],
+    ids=["variant", "transcoder", "field", "field-of-the-run", "layer", "tokens"],
 )
 def test_a_run_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,15 @@ import pytest
 from bench.report import benchmarks_page, with_numbers
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/training.md", "docs/adding_a_variant.md"]
+PAGES = [
+    "README.md",
+    "docs/adding_a_variant.md",
+    "docs/analysis.md",
+    "docs/architectures.md",
+    "docs/checkpoints.md",
+    "docs/migrating_from_saelens.md",
+    "docs/training.md",
+]
 
 
 @pytest.fixture
@@ -22,6 +30,7 @@ def variants():
     SAES.update(before)
 
 
+@pytest.mark.filterwarnings("ignore")  # SAELens and TransformerLens warn of themselves
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch, variants):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

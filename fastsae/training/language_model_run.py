@@ -28,6 +28,7 @@ from fastsae.device import resolve_device
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.files import replacing, write_json
 from fastsae.saes import SAE, SAES
+from fastsae.saes.transcoder import Transcodes
 from fastsae.training import defaults
 from fastsae.training.config import OptimizerConfig, TrainConfig
 from fastsae.training.trainer import Trainer
@@ -92,6 +93,11 @@ class LanguageModelRun:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.variant not in SAES:
             raise ValueError(f"variant must be one of {sorted(SAES)}, got {self.variant!r}")
+        if issubclass(SAES[self.variant], Transcodes):
+            raise ValueError(
+                f"variant must reconstruct its input, got {self.variant!r}: a transcoder trains "
+                "with Trainer, on pairs of rows and targets"
+            )
         known = [f.name for f in fields(SAES[self.variant].config_class)]
         for name in self.sae:
             if name not in known or name in SET_BY_THE_RUN:
