@@ -48,7 +48,7 @@ def test_chunks_add_up_to_the_dense_loss_and_its_gradients(term):
     weights = {name: 1.0 if term in (name, "total") else 0.0 for name in ("mse", "l1")}
 
     def weighted(x):
-        found = chunk_sums(*learned, seen)(x)
+        found = chunk_sums(*learned, seen=seen)(x)
         return found._replace(terms={n: weights[n] * t for n, t in found.terms.items()})
 
     with workspace(1 << 20):
