@@ -44,7 +44,7 @@ lint: $(VENV)/.test-$(TORCH)
 bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python -m bench.train_step
 
-$(VENV)/.base-$(TORCH): pyproject.toml constraints.txt requirements-demo.txt
+$(VENV)/.base-$(TORCH): pyproject.toml constraints.txt requirements-demo.txt requirements-peers.txt
 	$(PYTHON) -m venv --clear $(VENV_FLAGS) $(VENV)
 	$(PINS) constraints.txt > $(VENV)/constraints.txt
 	$(PIP) -c $(VENV)/constraints.txt torch
@@ -57,6 +57,7 @@ $(VENV)/.train-$(TORCH): $(VENV)/.base-$(TORCH)
 
 $(VENV)/.test-$(TORCH): $(VENV)/.train-$(TORCH)
 	$(PIP) -c $(VENV)/constraints.txt -e ".[train,peers,test,dev]"
+	$(PIP) --no-deps -r requirements-peers.txt
 	$(PIP) --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0  # kernels are compiled with it too
 	touch $@
 

@@ -119,5 +119,9 @@ def _acts(ours: SAE, found: SAELoss) -> Tensor:
     where = torch.stack([rows[active], code.indices[active]]).long()
     # In order within a row, but for TopK's, and distinct: nothing reads it but sums.
     return torch.sparse_coo_tensor(
-        where, code.acts[active], (len(found.err), d_sae), is_coalesced=True
+        where,
+        code.acts[active],
+        (len(found.err), d_sae),
+        is_coalesced=True,
+        check_invariants=False,  # said, or torch warns of it
     )

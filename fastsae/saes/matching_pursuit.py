@@ -154,9 +154,8 @@ def _ragged(chosen: Tensor, values: Tensor, d_sae: int) -> RaggedCode:
     """Rounds [B, T] as a code; what a latent got in several rounds is summed."""
     n_rows = len(chosen)
     rows, slots = (values.detach() != 0).nonzero(as_tuple=True)
-    where = torch.stack([rows, chosen[rows, slots]])
-    summed = torch.sparse_coo_tensor(where, values[rows, slots], (n_rows, d_sae)).coalesce()
-    rows, latents = summed.indices()
-    counts = rows.bincount(minlength=n_rows)
+    places, entry = torch.unique(rows * d_sae + chosen[rows, slots], return_inverse=True)
+    acts = values.new_zeros(len(places)).index_add(0, entry, values[rows, slots])
+    counts = (places // d_sae).bincount(minlength=n_rows)
     offsets = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
-    return RaggedCode(offsets.int(), latents.int(), summed.values())
+    return RaggedCode(offsets.int(), (places % d_sae).int(), acts)

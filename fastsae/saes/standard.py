@@ -32,6 +32,15 @@ class StandardConfig(SAEConfig):
     """Steps over which the weight rises from 0."""
     lp_norm: float = 1.0
     """p of the norm over the latents."""
+    use_ghost_grads: bool = False
+    """Whether dead latents learn to predict the residual, as SAELens's did before version 6. With
+    e = x_hat - x of a row, g = exp(h_dead) W_dec[dead] and g' = g |e| / (2 |g| + 1e-6), the loss
+    gains the mean over all entries of
+
+        (g' + e)^2 * e^2 / ((g' + e)^2 + 1e-6)
+
+    in which only g and the first square carry gradient, the ratio of norms as a constant. Jermyn
+    and Templeton 2024 (Ghost Grads, Anthropic's January update)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +81,11 @@ class StandardSAE(SAE):
 
     def _loss(self, x: Tensor, rows: TrainingRows, dead: Tensor | None, step: int) -> SAELoss:
         coefficient = self.l1_coefficient(step)
+        ghosts = (
+            dead.nonzero().squeeze(1) if self.cfg.use_ghost_grads and dead is not None else None
+        )
+        if ghosts is not None and len(ghosts):
+            return self._dense_loss(x, rows, coefficient, ghosts)
         if self.cfg.lp_norm == 1 and is_sparse(self, rows.x):
             return self._sparse_loss(x, rows, coefficient)
         if rows.target is rows.x:
@@ -108,16 +122,22 @@ class StandardSAE(SAE):
         terms = {"mse": result.mse, "l1": coefficient * result.l1}
         return SAELoss(result.total, terms, x, result.err, result.counts)
 
-    def _dense_loss(self, x: Tensor, rows: TrainingRows, coefficient: float) -> SAELoss:
+    def _dense_loss(
+        self, x: Tensor, rows: TrainingRows, coefficient: float, ghosts: Tensor | None = None
+    ) -> SAELoss:
         weight = x.new_ones(len(rows.x)) if rows.weight is None else rows.weight
 
         def chunk_sums(z: Tensor, target: Tensor, weight: Tensor) -> ChunkSums:
             z = z.to(self.dtype)
-            acts = ((z if self.b_pre is None else z - self.b_pre) @ self.W_enc + self.b_enc).relu()
+            h = (z if self.b_pre is None else z - self.b_pre) @ self.W_enc + self.b_enc
+            acts = h.relu()
             err = acts @ self.W_dec + self.b_dec - target
             l1 = (acts * self.decoder_norms()).norm(p=self.cfg.lp_norm, dim=-1)
             terms = {"mse": (err.square().sum(-1) * weight).sum(), "l1": coefficient * l1.sum()}
-            return ChunkSums(terms, err * weight.sqrt().unsqueeze(-1), (acts != 0).sum(0))
+            err = err * weight.sqrt().unsqueeze(-1)
+            if ghosts is not None:
+                terms["ghost"] = ghost_loss(h[:, ghosts], self.W_dec[ghosts], err.detach())
+            return ChunkSums(terms, err, (acts != 0).sum(0))
 
         made = row_chunked_loss(
             chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=self.cfg.d_sae
@@ -129,3 +149,12 @@ class StandardSAE(SAE):
         if step >= self.cfg.l1_warm_up_steps:
             return self.cfg.l1_coefficient
         return self.cfg.l1_coefficient * step / self.cfg.l1_warm_up_steps
+
+
+def ghost_loss(h_dead: Tensor, W_dead: Tensor, err: Tensor) -> Float[Tensor, ""]:
+    """The term of `use_ghost_grads` for rows [c, dead], summed over rows, averaged over D."""
+    ghost = h_dead.exp() @ W_dead
+    half = err.norm(dim=-1) / (2 * ghost.detach().norm(dim=-1) + 1e-6)
+    missed = (ghost * half.unsqueeze(-1) + err).square()
+    share = err.square() / (missed.detach() + 1e-6)
+    return (missed * share).sum() / err.shape[-1]
