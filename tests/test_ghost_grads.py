@@ -45,6 +45,7 @@ def test_the_term_and_every_gradient_are_those_of_the_formula():
     ghost = torch.autograd.grad(want, list(sae.parameters()))
     for (name, p), q, g in zip(sae.named_parameters(), plain.parameters(), ghost, strict=True):
         assert g.abs().max() > 0, name
+        assert p.grad is not None and q.grad is not None
         assert relative_error(p.grad, q.grad + g) < 1e-10, name
 
 
