@@ -45,20 +45,21 @@ def with_gradients(
     acts: Tensor,
     active: Tensor,
     encoder: Encoder,
-    centred: Tensor,
+    rows: Tensor,
     impl: Impl,
 ) -> tuple[Tensor, LatentGroups | None]:
     """The same acts with gradients to what the encoder learns, and the pairs by latent.
 
     Of a flattened code: `indices` and `acts` are [B, K], or [nnz] with `row_offsets` [B + 1].
     `active`, of the same shape, is non-zero at the pairs of the groups, those with a gradient: the
-    acts of the others are 0 or their gradient comes in as 0.
+    acts of the others are 0 or their gradient comes in as 0. `rows` are those that the product
+    read: rounded where it was, they make the gradient of what was computed, in half the bytes.
     """
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in encoder)):
         return acts, None
     groups = group_by_latent(row_offsets, indices, active, encoder.W_enc.shape[1])
     sink = row_grads_of(encoder.W_enc)
-    learned = _Pairs.apply(*encoder, centred, row_offsets, indices, acts, impl, sink, *groups)
+    learned = _Pairs.apply(*encoder, rows, row_offsets, indices, acts, impl, sink, *groups)
     assert isinstance(learned, Tensor)
     return learned, groups
 
@@ -74,7 +75,7 @@ class _Pairs(torch.autograd.Function):
         b_enc: Tensor,
         b_pre: Tensor | None,
         scale: Tensor | None,
-        centred: Tensor,
+        rows: Tensor,
         row_offsets: Tensor | None,
         indices: Tensor,
         values: Tensor,
@@ -82,7 +83,7 @@ class _Pairs(torch.autograd.Function):
         sink: list[RowGrad] | None,
         *groups: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(centred, W_enc, scale, row_offsets, indices, values, *groups)
+        ctx.save_for_backward(rows, W_enc, scale, row_offsets, indices, values, *groups)
         ctx.impl, ctx.sink = impl, sink
         ctx.dtypes = x.dtype, b_enc.dtype, None if b_pre is None else b_pre.dtype
         return values.clone()
@@ -90,7 +91,7 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        centred, W_enc, scale, row_offsets, indices, values, *made = ctx.saved_tensors
+        rows, W_enc, scale, row_offsets, indices, values, *made = ctx.saved_tensors
         groups, impl = LatentGroups(*made), ctx.impl
         x_dtype, b_dtype, b_pre_dtype = ctx.dtypes
         needs_x, needs_W, needs_b, needs_pre, needs_scale = ctx.needs_input_grad[:5]
@@ -107,7 +108,7 @@ class _Pairs(torch.autograd.Function):
         if needs_x:
             d_x = gather_sum(row_offsets, indices, d_pre, W_enc.t().contiguous(), impl).to(x_dtype)
         if needs_W:
-            d_W = emit_pairs(ctx.sink, groups, coef, centred, impl)
+            d_W = emit_pairs(ctx.sink, groups, coef, rows, impl)
             d_W = None if d_W is None else d_W.t().to(W_enc.dtype)
         if needs_b or needs_pre:
             total = segment_total(groups, coef, impl)

@@ -19,9 +19,9 @@ def batch_topk_encode(
 ) -> RaggedCode:
     encoder = Encoder(x, W_enc, b_enc, b_pre, scale)
     with torch.no_grad():
-        centred, rows = product_rows(x, b_pre)
+        _, rows = product_rows(x, b_pre)
         weight = W_enc if W_compute is None else W_compute
         found = select_batch_topk(rows, weight, b_enc, n_kept, scale, impl)
     row_offsets, indices, acts = found
-    acts, groups = with_gradients(*found, acts, encoder, centred, impl)
+    acts, groups = with_gradients(*found, acts, encoder, rows, impl)
     return RaggedCode(row_offsets, indices, acts, groups)

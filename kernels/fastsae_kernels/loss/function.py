@@ -82,8 +82,18 @@ class _MSEL1Loss(torch.autograd.Function):
         else:
             share = row_weight.to(err.dtype) / row_weight.to(err.dtype).sum()
             mse, l1 = torch.dot(row_mse, share), torch.dot(row_l1, share)
-        ctx.save_for_backward(acts, dots, err, l1_weight, row_offsets, indices, share, *groups)
-        ctx.d_sae, ctx.impl, ctx.sink = len(W_dec), impl, sink
+        _, needs_W, needs_b = ctx.needs_input_grad[:3]
+        operand = err if needs_W else None
+        if needs_W and W_compute is not None and W_compute.dtype.itemsize == 2:
+            # As the gradient of a half-precision product reads it: half the bytes of each gather.
+            operand = err.to(W_compute.dtype)
+        mean_err = None
+        if needs_b:
+            mean_err = err.mean(0) if share is None else share @ err
+        ctx.save_for_backward(
+            acts, dots, operand, mean_err, l1_weight, row_offsets, indices, share, *groups
+        )
+        ctx.n_rows, ctx.d_sae, ctx.impl, ctx.sink = len(x), len(W_dec), impl, sink
         ctx.dtypes = W_dec.dtype, b_dec.dtype
         ctx.mark_non_differentiable(err)
         return mse, l1, err
@@ -91,11 +101,12 @@ class _MSEL1Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_mse: Tensor, g_l1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        acts, dots, err, l1_weight, row_offsets, indices, share, *groups = ctx.saved_tensors
+        acts, dots, operand, mean_err, l1_weight, *saved = ctx.saved_tensors
+        row_offsets, indices, share, *groups = saved
         needs_acts, needs_W, needs_b, needs_weight = ctx.needs_input_grad[:4]
         W_dtype, b_dtype = ctx.dtypes
         # Of each entry, or of all of them, in the mean over rows.
-        shares = 1 / len(err) if share is None else share[entry_rows(row_offsets, indices).long()]
+        shares = 1 / ctx.n_rows if share is None else share[entry_rows(row_offsets, indices).long()]
         per_mse, per_l1 = 2 * shares * g_mse, shares * g_l1
         d_acts = d_W = d_b = d_weight = None
         if needs_acts:
@@ -111,12 +122,11 @@ class _MSEL1Loss(torch.autograd.Function):
             )
             if needs_W:
                 coef = (acts * per_mse).reshape(-1)[made.pairs]
-                d_W = emit_pairs(ctx.sink, made, coef, err, ctx.impl)
+                d_W = emit_pairs(ctx.sink, made, coef, operand, ctx.impl)
                 d_W = None if d_W is None else d_W.to(W_dtype)
             if l1_weight is not None and needs_weight:
                 coef = (acts.abs() * per_l1).reshape(-1)[made.pairs]
                 d_weight = segment_total(made, coef, ctx.impl).to(l1_weight.dtype)
         if needs_b:
-            d_b = err.mean(0) if share is None else share @ err
-            d_b = (d_b * (2 * g_mse)).to(b_dtype)
+            d_b = (mean_err * (2 * g_mse)).to(b_dtype)
         return d_acts, d_W, d_b, d_weight, *(None,) * (7 + len(groups))

@@ -1,4 +1,5 @@
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,13 @@ def _scaled(grads: Sequence[RowGrad], rule: Rule) -> Sequence[RowGrad]:
     return grads if rule.grad_scale is None else [grad.scaled(rule.grad_scale) for grad in grads]
 
 
+def _widened(grad: PairGrad) -> PairGrad:
+    return replace(grad, operand=grad.operand.to(grad.coef.dtype))
+
+
 def _gradient_blocks(weight: Tensor, grads: Sequence[RowGrad]) -> Iterator[tuple[int, int, Tensor]]:
+    # Here and not at each block: the sums read operands in the dtype of their coefficients.
+    grads = [_widened(grad) if isinstance(grad, PairGrad) else grad for grad in grads]
     block = min(BLOCK_BYTES, workspace_bytes() // 16)
     size = max(1, block // (weight.shape[1] * weight.element_size()))
     for start in range(0, len(weight), size):

@@ -20,9 +20,9 @@ def topk_encode(
     flat = x.reshape(-1, x.shape[-1])
     encoder = Encoder(flat, W_enc, b_enc, b_pre, scale)
     with torch.no_grad():
-        centred, rows = product_rows(flat, b_pre)
+        _, rows = product_rows(flat, b_pre)
         weight = W_enc if W_compute is None else W_compute
         acts, indices = select_topk(rows, weight, b_enc, k, scale, signed=False, impl=impl)
-    acts, groups = with_gradients(None, indices, acts, acts, encoder, centred, impl)
+    acts, groups = with_gradients(None, indices, acts, acts, encoder, rows, impl)
     shape = (*x.shape[:-1], k)
     return SparseCode(acts.reshape(shape), indices.reshape(shape), groups)
