@@ -11,7 +11,7 @@ from fastsae_kernels import Impl, SparseCode, aux_topk, mse_l1_loss, topk_encode
 from fastsae_kernels.auxk.ops import _aux_topk_sums
 from fastsae_kernels.decode.ops import _gather_sum, _pair_dots
 from fastsae_kernels.grouping.eager import group_by_latent
-from fastsae_kernels.grouping.ops import _segment_sum, _segment_total
+from fastsae_kernels.grouping.ops import _segment_sum, _segment_total, _weighted_row_sum
 from fastsae_kernels.loss.ops import _mse_l1_rows
 from fastsae_kernels.topk.ops import _select_topk
 from parity import DEVICE, lattice
@@ -87,6 +87,7 @@ def arguments(dtype):
         (_pair_dots, (offsets, indices.reshape(-1), x, W_dec)),
         (_segment_sum, (groups.rows, groups.offsets, coef, x)),
         (_segment_total, (groups.rows, groups.offsets, coef)),
+        (_weighted_row_sum, (W_dec, b_enc)),
         (_mse_l1_rows, (x, None, indices, acts, W_dec, b_dec, None, True)),
         (_mse_l1_rows, (x, *ragged, W_dec, b_dec, b_enc, False)),
         (_aux_topk_sums, (x, err, dead, W_enc, b_enc, W_dec, b_dec, None, False)),

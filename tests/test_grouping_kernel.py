@@ -5,9 +5,11 @@ import torch
 
 from fastsae_kernels import SparseCode, group_by_latent
 from fastsae_kernels.code import LatentGroups
+from fastsae_kernels.grouping import eager
 
 pytest.importorskip("triton")
 kernel = pytest.importorskip("fastsae_kernels.grouping.kernel")
+row_sum = pytest.importorskip("fastsae_kernels.grouping.row_sum")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYWHERE = 3
@@ -120,3 +122,29 @@ def test_without_active_pairs_all_sums_are_zero(short_chunks, B):
 def test_partial_sums_stay_bounded_for_wide_rows():
     sizes = [kernel.chunk_of(D) for D in (16, 8192, 65536)]
     assert sizes == [kernel.CHUNK, kernel.CHUNK, 8 * kernel.CHUNK]
+
+
+ROW_SUMS = {
+    "one block": (100, 16, torch.float32),
+    "odd": (301, 7, torch.bfloat16),
+    "several of columns": (130, 600, torch.float16),
+    "most blocks": (1000, 33, torch.float32),
+    "no rows": (0, 5, torch.float32),
+}
+
+
+@pytest.mark.parametrize("run", ["kernel", "eager"])
+@pytest.mark.parametrize("name", ROW_SUMS)
+def test_weighted_row_sums(monkeypatch, name, run):
+    F, D, dtype = ROW_SUMS[name]
+    monkeypatch.setattr(row_sum, "_MOST_BLOCKS", 4)
+    monkeypatch.setattr(eager, "workspace_bytes", lambda: 4 * D * 90)
+    of = (row_sum if run == "kernel" else eager).weighted_row_sum
+    table, weights = torch.randn(F, D, device=DEVICE).to(dtype), torch.randn(F, device=DEVICE)
+    got = of(table, weights)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), weights.double() @ table.double(), atol=1e-4)
+    assert torch.equal(got, of(table, weights))
+    # Neither the memory order nor a view of more columns matters.
+    assert torch.allclose(of(table.t().contiguous().t(), weights), got, atol=1e-4)
+    assert torch.allclose(of(table[:, 1:], weights), got[1:], atol=1e-4)

@@ -11,7 +11,7 @@ from fastsae_kernels._row_grads import RowGrad, emit_pairs, row_grads_of
 from fastsae_kernels.code import LatentGroups
 from fastsae_kernels.decode.ops import gather_sum
 from fastsae_kernels.grouping.eager import group_by_latent
-from fastsae_kernels.grouping.ops import segment_total
+from fastsae_kernels.grouping.ops import segment_total, weighted_row_sum
 
 # There a half-precision product is emulated, several times slower than fp32.
 FP32_PRODUCT_DEVICES = ("cpu",)
@@ -45,6 +45,7 @@ def with_gradients(
     acts: Tensor,
     active: Tensor,
     encoder: Encoder,
+    W_compute: Tensor | None,
     rows: Tensor,
     impl: Impl,
 ) -> tuple[Tensor, LatentGroups | None]:
@@ -53,13 +54,16 @@ def with_gradients(
     Of a flattened code: `indices` and `acts` are [B, K], or [nnz] with `row_offsets` [B + 1].
     `active`, of the same shape, is non-zero at the pairs of the groups, those with a gradient: the
     acts of the others are 0 or their gradient comes in as 0. `rows` are those that the product
-    read: rounded where it was, they make the gradient of what was computed, in half the bytes.
+    read, and `W_compute` its copy of W_enc, if it read one: rounded where it was, they make the
+    gradient of what was computed, in half the bytes.
     """
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in encoder)):
         return acts, None
     groups = group_by_latent(row_offsets, indices, active, encoder.W_enc.shape[1])
     sink = row_grads_of(encoder.W_enc)
-    learned = _Pairs.apply(*encoder, rows, row_offsets, indices, acts, impl, sink, *groups)
+    learned = _Pairs.apply(
+        *encoder, W_compute, rows, row_offsets, indices, acts, impl, sink, *groups
+    )
     assert isinstance(learned, Tensor)
     return learned, groups
 
@@ -75,6 +79,7 @@ class _Pairs(torch.autograd.Function):
         b_enc: Tensor,
         b_pre: Tensor | None,
         scale: Tensor | None,
+        W_compute: Tensor | None,
         rows: Tensor,
         row_offsets: Tensor | None,
         indices: Tensor,
@@ -83,7 +88,7 @@ class _Pairs(torch.autograd.Function):
         sink: list[RowGrad] | None,
         *groups: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(rows, W_enc, scale, row_offsets, indices, values, *groups)
+        ctx.save_for_backward(rows, W_enc, scale, W_compute, row_offsets, indices, values, *groups)
         ctx.impl, ctx.sink = impl, sink
         ctx.dtypes = x.dtype, b_enc.dtype, None if b_pre is None else b_pre.dtype
         return values.clone()
@@ -91,7 +96,7 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, W_enc, scale, row_offsets, indices, values, *made = ctx.saved_tensors
+        rows, W_enc, scale, W_compute, row_offsets, indices, values, *made = ctx.saved_tensors
         groups, impl = LatentGroups(*made), ctx.impl
         x_dtype, b_dtype, b_pre_dtype = ctx.dtypes
         needs_x, needs_W, needs_b, needs_pre, needs_scale = ctx.needs_input_grad[:5]
@@ -114,6 +119,7 @@ class _Pairs(torch.autograd.Function):
             total = segment_total(groups, coef, impl)
             if needs_pre:
                 # Summing over the rows first turns a [B, D] gather into one matrix-vector product.
-                d_b_pre = -(W_enc.to(total.dtype) @ total).to(b_pre_dtype)
+                weight = W_enc if W_compute is None else W_compute
+                d_b_pre = -weighted_row_sum(weight.t(), total, impl).to(b_pre_dtype)
             d_b = total.to(b_dtype) if needs_b else None
-        return d_x, d_W, d_b, d_b_pre, d_scale, *(None,) * (6 + len(made))
+        return d_x, d_W, d_b, d_b_pre, d_scale, *(None,) * (7 + len(made))

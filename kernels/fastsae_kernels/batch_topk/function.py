@@ -23,5 +23,5 @@ def batch_topk_encode(
         weight = W_enc if W_compute is None else W_compute
         found = select_batch_topk(rows, weight, b_enc, n_kept, scale, impl)
     row_offsets, indices, acts = found
-    acts, groups = with_gradients(*found, acts, encoder, rows, impl)
+    acts, groups = with_gradients(*found, acts, encoder, W_compute, rows, impl)
     return RaggedCode(row_offsets, indices, acts, groups)

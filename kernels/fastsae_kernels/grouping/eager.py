@@ -2,6 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsae_kernels._workspace import workspace_bytes
 from fastsae_kernels.code import LatentGroups, entry_rows
 
 
@@ -34,3 +35,11 @@ def segment_sum(groups: LatentGroups, coef: Tensor, operand: Tensor) -> Tensor:
 def segment_total(groups: LatentGroups, coef: Tensor) -> Tensor:
     ones = coef.new_ones(1, 1)
     return segment_sum(groups._replace(rows=torch.zeros_like(groups.rows)), coef, ones).squeeze(1)
+
+
+def weighted_row_sum(table: Tensor, weights: Tensor) -> Tensor:
+    total = weights.new_zeros(table.shape[1])
+    rows = max(1, workspace_bytes() // (max(1, len(total)) * weights.element_size()))
+    for part, factors in zip(table.split(rows), weights.split(rows), strict=True):
+        total.addmv_(part.to(weights.dtype).t(), factors)
+    return total

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.code import LatentGroups
+from fastsae_kernels.grouping import row_sum
 
 CHUNK = 256
 """Pairs that one program adds up."""
@@ -310,6 +311,7 @@ PAIR_POINTERS = {"offsets_ptr": "*i32", "rows_ptr": "*i32", "coef_ptr": "*fp32"}
 
 
 def specs() -> Iterator[Spec]:
+    yield from row_sum.specs()
     total = {"offsets_ptr": "*i32", "coef_ptr": "*fp32", "n_latents": "i32"}
     yield Spec(
         "partial_totals",

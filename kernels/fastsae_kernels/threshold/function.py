@@ -33,7 +33,7 @@ def threshold_encode(
         weight = W_enc if W_compute is None else W_compute
         found = select_above(rows, weight, b_enc, scale, limit, impl)
     row_offsets, indices, acts = found
-    acts, groups = with_gradients(*found, acts, encoder, rows, impl)
+    acts, groups = with_gradients(*found, acts, encoder, W_compute, rows, impl)
     return RaggedCode(row_offsets, indices, acts, groups)
 
 
@@ -56,7 +56,7 @@ def jumprelu_encode(
         row_offsets, indices, pre_acts = band
         # "Not at or below" rather than "above": NaN passes and stays visible.
         above = (pre_acts <= theta.index_select(0, indices)).logical_not_()
-    pre_acts, groups = with_gradients(*band, above, encoder, rows, impl)
+    pre_acts, groups = with_gradients(*band, above, encoder, W_compute, rows, impl)
     acts, l0 = _JumpReLU.apply(pre_acts, threshold, above, row_offsets, indices, bandwidth, impl)
     return RaggedCode(row_offsets, indices, acts, groups), l0
 

@@ -23,6 +23,6 @@ def topk_encode(
         _, rows = product_rows(flat, b_pre)
         weight = W_enc if W_compute is None else W_compute
         acts, indices = select_topk(rows, weight, b_enc, k, scale, signed=False, impl=impl)
-    acts, groups = with_gradients(None, indices, acts, acts, encoder, rows, impl)
+    acts, groups = with_gradients(None, indices, acts, acts, encoder, W_compute, rows, impl)
     shape = (*x.shape[:-1], k)
     return SparseCode(acts.reshape(shape), indices.reshape(shape), groups)
