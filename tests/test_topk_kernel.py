@@ -101,10 +101,16 @@ def test_signed_scores_are_exact():
     assert torch.equal(scores.gather(1, indices.long()), acts)
 
 
-def test_at_most_half_of_k_groups_are_open_and_monotone_rows_reach_it():
+def test_at_most_k_groups_are_open_and_pairs_in_one_part_open_theirs():
     k, F = 12, 800
     scores = families(F)
-    rows, bias = torch.eye(len(scores), device=DEVICE), torch.zeros(F, device=DEVICE)
+    rows = torch.eye(len(scores), device=DEVICE)
+    columns = groups.choose_tile(rows, False).columns
+    apart = columns // groups.group_size(F, k) * 2  # two parts a group of 16: every other member
+    hidden = 0.5 + 0.4 * torch.rand(F, device=DEVICE)
+    hidden[:6] = hidden[apart : apart + 6] = torch.arange(6.0, device=DEVICE) + 2
+    scores[0] = hidden
+    bias = torch.zeros(F, device=DEVICE)
     opened = []
     original = kernel._merge_open_groups
 
@@ -118,12 +124,13 @@ def test_at_most_half_of_k_groups_are_open_and_monotone_rows_reach_it():
 
     kernel._merge_open_groups = Spy()
     try:
-        kernel.select_topk(rows, scores, bias, k, None, signed=False)
+        acts, _ = kernel.select_topk(rows, scores, bias, k, None, signed=False)
     finally:
         kernel._merge_open_groups = original
     counts = opened[0]
-    assert counts.max() <= k // 2
-    assert counts[0] >= 1  # increasing rows hide winners behind the two largest of a group
+    assert counts.max() <= k
+    assert counts[0] >= 6
+    assert torch.equal(acts[0], scores[0].topk(k).values)
 
 
 def random_rows(generator, n_rows, F):
@@ -183,7 +190,7 @@ def test_same_bits_twice():
 
 
 def test_one_row_a_program_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(kernel, "MERGED_ROWS", 1)
+    monkeypatch.setattr(kernel, "INTERPRETED_ROWS", 1)
     scores = families(300)
     for k in (7, 18):
         check_exact(scores, encode_scores(scores, k))

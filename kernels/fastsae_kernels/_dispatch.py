@@ -17,6 +17,8 @@ class Impl(str, Enum):
     REFERENCE = "reference"
 
 
+# Made here: torch.compile of torch 2.11 cannot trace going through an Enum.
+NAMES = [choice.value for choice in Impl]
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -44,9 +46,8 @@ def resolve_impl(
         RuntimeError: the op has no such implementation, or it cannot run here.
         TypeError: the kernels were asked for and a tensor is fp64.
     """
-    names = [choice.value for choice in Impl]
-    if str(getattr(impl, "value", impl)) not in names:
-        raise ValueError(f"impl must be one of {names}, got {impl!r}")
+    if str(getattr(impl, "value", impl)) not in NAMES:
+        raise ValueError(f"impl must be one of {NAMES}, got {impl!r}")
     impl = Impl(impl)
     if impl is Impl.AUTO:
         kernels = Impl.TRITON in available and device.type == "cuda" and TRITON_INSTALLED

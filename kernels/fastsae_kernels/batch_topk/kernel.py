@@ -1,10 +1,10 @@
 """The n largest values of a batch, by the certificate of the fused top-k encode.
 
 The same lemma with one threshold for the batch: tau is the n-th largest of all first and second
-keys, so at most n // 2 groups are open, on any input, and the list of them cannot overflow. Entries
+keys, so fewer than n groups are open, on any input, and the list of them cannot overflow. Entries
 of closed groups and the members of the open ones are then cut to exactly n. The host never waits.
-Temporary memory: 9 bytes for each row and group, given back before the open groups are scored;
-then 4 * SIZE bytes for each of n // 2 groups, and about 60 bytes for each of the n.
+Temporary memory: 12 bytes for each row and group, given back before the open groups are scored;
+then 4 * SIZE bytes for each of n groups, and about 60 bytes for each of the n.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,16 @@ from torch import Tensor
 from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.topk.groups import (
     LOWEST,
+    Groups,
     affine,
+    bound_of,
     column,
+    first_member,
     group_size,
     group_top2,
     member_columns,
     score_groups,
+    second_member,
     values_of,
 )
 
@@ -29,14 +33,12 @@ from fastsae_kernels.topk.groups import (
 @jit(do_not_specialize=["n_rows", "n_kept"])
 def _list_groups(
     first_keys,
-    first_members,
     second_keys,
+    rest,
     tau,
     sure_starts,
     level_starts,
-    tied_starts,
     open_starts,
-    level_open,
     entry_keys,
     entry_rows,
     entry_columns,
@@ -52,41 +54,43 @@ def _list_groups(
     row = tl.program_id(0)
     at = row.to(tl.int64) * n_groups
     threshold = tl.load(tau)
-    n_level_open = tl.load(level_open)
     sure_place = tl.load(sure_starts + row)
     level_place = tl.load(level_starts + row)
-    n_tied = tl.load(tied_starts + row)
     open_place = tl.load(open_starts + row)
     n_sure = tl.load(sure_starts + n_rows)
+    shown = tl.zeros((STEP,), tl.int32) + row
     start = 0
     while start < n_groups:
         groups = start + tl.arange(0, STEP)
         inside = groups < n_groups
         first = tl.load(first_keys + at + groups, mask=inside, other=LOWEST)
         second = tl.load(second_keys + at + groups, mask=inside, other=LOWEST)
-        members = tl.load(first_members + at + groups, mask=inside, other=0).to(tl.int32)
-        tied = ((second == threshold) & inside).to(tl.int32)
-        rank = n_tied + tl.cumsum(tied) - tied
-        opened = (second > threshold) | ((tied != 0) & (rank < n_level_open))
-        # Places are counted with the first keys of open groups, which then stay free.
-        sure = (first > threshold).to(tl.int32)
-        level = ((first == threshold) & inside).to(tl.int32)
-        left = sure_place + tl.cumsum(sure) - sure
-        right = n_kept - 1 - (level_place + tl.cumsum(level) - level)
-        columns = column(groups, members, SIZE, COLUMNS)
-        shown = tl.zeros((STEP,), tl.int32) + row
-        kept = (opened == 0) & ((sure != 0) | ((level != 0) & (right >= n_sure)))
-        place = tl.where(sure != 0, left, right)
-        tl.store(entry_keys + place, first, mask=kept)
-        tl.store(entry_rows + place, shown, mask=kept)
-        tl.store(entry_columns + place, columns, mask=kept)
-        slots = open_place + tl.cumsum(opened.to(tl.int32)) - opened.to(tl.int32)
-        tl.store(open_rows + slots, shown, mask=opened)
-        tl.store(open_groups + slots, groups, mask=opened)
-        sure_place += tl.sum(sure)
-        level_place += tl.sum(level)
-        n_tied += tl.sum(tied)
-        open_place += tl.sum(opened.to(tl.int32))
+        others = tl.load(rest + at + groups, mask=inside, other=LOWEST)
+        opened = ((first > threshold) & (bound_of(others) > threshold)).to(tl.int32)
+        # Places are counted with the keys of open groups, which then stay free.
+        sure1, sure2 = (first > threshold).to(tl.int32), (second > threshold).to(tl.int32)
+        level1 = ((first == threshold) & inside).to(tl.int32)
+        level2 = ((second == threshold) & inside).to(tl.int32)
+        left = sure_place + tl.cumsum(sure1 + sure2) - sure1 - sure2
+        right = n_kept - 1 - (level_place + tl.cumsum(level1 + level2) - level1 - level2)
+        place1 = tl.where(sure1 != 0, left, right)
+        place2 = tl.where(sure2 != 0, left + sure1, right - level1)
+        kept1 = (opened == 0) & ((sure1 != 0) | ((level1 != 0) & (place1 >= n_sure)))
+        kept2 = (opened == 0) & ((sure2 != 0) | ((level2 != 0) & (place2 >= n_sure)))
+        tl.store(entry_keys + place1, first, mask=kept1)
+        tl.store(entry_rows + place1, shown, mask=kept1)
+        columns1 = column(groups, first_member(others), SIZE, COLUMNS)
+        tl.store(entry_columns + place1, columns1, mask=kept1)
+        tl.store(entry_keys + place2, second, mask=kept2)
+        tl.store(entry_rows + place2, shown, mask=kept2)
+        columns2 = column(groups, second_member(others), SIZE, COLUMNS)
+        tl.store(entry_columns + place2, columns2, mask=kept2)
+        slots = open_place + tl.cumsum(opened) - opened
+        tl.store(open_rows + slots, shown, mask=opened != 0)
+        tl.store(open_groups + slots, groups, mask=opened != 0)
+        sure_place += tl.sum(sure1 + sure2)
+        level_place += tl.sum(level1 + level2)
+        open_place += tl.sum(opened)
         start += STEP
 
 
@@ -103,19 +107,17 @@ def select_batch_topk(
     size = group_size(d_sae, -(-n_kept // n_rows))
     found = group_top2(x, W_enc, offset, size, factor, False)
     n_groups = found.first_keys.shape[1]
-    tau, level_open, starts = _threshold(found.first_keys, found.second_keys, n_kept)
+    tau, starts = _threshold(found, n_kept)
 
-    most_open = max(1, n_kept // 2)
     entry_keys, entry_rows, entry_columns = entries = x.new_full(
         (3, n_kept), LOWEST.value, dtype=torch.int32
     )
-    open_rows, open_groups = opened = entries.new_zeros(2, most_open)
+    open_rows, open_groups = opened = entries.new_zeros(2, n_kept)
     with device_of(x):
         _list_groups[(n_rows,)](
             *found[:3],
             tau,
             *starts,
-            level_open,
             *entries,
             *opened,
             n_rows,
@@ -128,10 +130,10 @@ def select_batch_topk(
         )
     layout = found.layout
     del found  # before the open groups' scores are allocated
-    keys = entries.new_empty(n_kept + most_open * size)
+    keys = entries.new_full((n_kept * (1 + size),), LOWEST.value)
     keys[:n_kept] = entry_keys
-    scored = keys[n_kept:].view(most_open, size)
-    n_open = starts[3][-1]
+    scored = keys[n_kept:].view(n_kept, size)
+    n_open = starts[2][-1]
     score_groups(x, W_enc, offset, factor, False, layout, open_rows, open_groups, n_open, scored)
 
     kept = keys.topk(n_kept, sorted=False).indices
@@ -148,41 +150,36 @@ def select_batch_topk(
     return row_offsets, columns[order].int(), values_of(keys[kept[order]])
 
 
-def _threshold(
-    first: Tensor, second: Tensor, n_kept: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """tau, how many groups tied at tau to open, and where each row's groups of a kind start.
+def _threshold(found: Groups, n_kept: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """tau, and where each row's sure entries, entries equal to tau and open groups start.
 
     The n largest of both kinds of key are among the n largest of either, so that three selections
     find tau and the keys need not be joined.
     """
-    n_first, n_second = min(n_kept, first.numel()), min(n_kept, second.numel())
-    best = [
-        first.view(-1).topk(n_first, sorted=False).values,
-        second.view(-1).topk(n_second, sorted=False).values,
-    ]
+    first, second = found.first_keys, found.second_keys
+    best = [keys.view(-1).topk(min(n_kept, keys.numel()), sorted=False).values
+            for keys in (first, second)]  # fmt: skip
     tau = torch.cat(best).topk(n_kept, sorted=False).values.amin()
-    above = (first > tau).sum(1), (second > tau).sum(1)
-    level, tied = (first == tau).sum(1), (second == tau).sum(1)
-    level_open = (n_kept - above[0].sum() - above[1].sum() - level.sum()).clamp(min=0)
-    n_tied_before = torch.nn.functional.pad(tied.cumsum(0), (1, 0))
-    opened_by_ties = n_tied_before.clamp(max=level_open).diff()
-    counts = (above[0], level, tied, above[1] + opened_by_ties)
-    starts = tuple(torch.nn.functional.pad(c.cumsum(0), (1, 0)).int() for c in counts)
-    return tau, level_open.int(), starts
+    opened = (first > tau) & ((found.rest & -0x10000) > tau)
+    sure = (first > tau).sum(1) + (second > tau).sum(1)
+    level = (first == tau).sum(1) + (second == tau).sum(1)
+    counts = (sure, level, opened.sum(1))
+    return tau, tuple(torch.nn.functional.pad(c.cumsum(0), (1, 0)).int() for c in counts)
 
 
 def specs() -> Iterator[Spec]:
-    names = ("tau", "sure_starts", "level_starts", "tied_starts", "open_starts", "level_open")
-    names += ("entry_keys", "entry_rows", "entry_columns", "open_rows", "open_groups")
-    pointers = {"first_keys": "*i32", "first_members": "*i8", "second_keys": "*i32"}
+    names = ("first_keys", "second_keys", "rest", "tau", "sure_starts", "level_starts")
+    names += (
+        "open_starts",
+        "entry_keys",
+        "entry_rows",
+        "entry_columns",
+        "open_rows",
+        "open_groups",
+    )
     yield Spec(
         "batch_topk.list_groups",
         _list_groups,
-        {
-            **pointers,
-            **dict.fromkeys(names, "*i32"),
-            **dict.fromkeys(("n_rows", "n_groups", "n_kept"), "i32"),
-        },
+        dict.fromkeys(names, "*i32") | dict.fromkeys(("n_rows", "n_groups", "n_kept"), "i32"),
         {"SIZE": 64, "COLUMNS": 256, "STEP": 1024},
     )

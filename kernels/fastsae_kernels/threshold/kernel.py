@@ -4,7 +4,7 @@ The product's epilogue counts, of each row and group of columns, the members abo
 keeps the largest and where it was. One such member: the entry is known. Several: the group is
 listed, scored again, and as many of its members as were counted become entries, those furthest
 above their limit, so that rounding in another order never changes how many there are. The host
-waits once, for the number of entries and of listed groups. Temporary memory: 10 bytes for each
+waits once, for the number of entries and of listed groups. Temporary memory: 12 bytes for each
 row and group, 2 KiB for each listed group of 64, and about 50 bytes an entry.
 
 Where groups that hold several are the rule, as in a ReLU SAE that has not been trained, a dense
@@ -24,6 +24,7 @@ from fastsae_kernels.topk.groups import (
     Layout,
     affine,
     column,
+    first_member,
     group_top2,
     keys_of,
     member_columns,
@@ -38,8 +39,8 @@ DENSE_ABOVE = 1 / 16
 @jit
 def _list_counted_groups(
     first_keys,
-    first_members,
     counts,
+    rest,
     entry_starts,
     list_starts,
     entry_keys,
@@ -64,7 +65,7 @@ def _list_counted_groups(
         places = entry + tl.cumsum(count) - count
         one = count == 1
         keys = tl.load(first_keys + at + groups, mask=one, other=0)
-        members = tl.load(first_members + at + groups, mask=one, other=0).to(tl.int32)
+        members = first_member(tl.load(rest + at + groups, mask=one, other=0))
         tl.store(entry_keys + places, keys, mask=one)
         tl.store(entry_columns + places, column(groups, members, SIZE, COLUMNS), mask=one)
         several = (count > 1).to(tl.int32)
@@ -106,8 +107,8 @@ def select_above(
     with device_of(x):
         _list_counted_groups[(n_rows,)](
             found.first_keys,
-            found.first_members,
             counts,
+            found.rest,
             row_offsets,
             list_ends - n_several,
             keys,
@@ -160,12 +161,19 @@ def _add_listed(
 
 
 def specs() -> Iterator[Spec]:
-    pointers = {"first_keys": "*i32", "first_members": "*i8", "counts": "*i32"}
-    names = ("entry_starts", "list_starts", "entry_keys", "entry_columns")
+    names = (
+        "first_keys",
+        "counts",
+        "rest",
+        "entry_starts",
+        "list_starts",
+        "entry_keys",
+        "entry_columns",
+    )
     names += ("listed_rows", "listed_groups", "listed_starts")
     yield Spec(
         "threshold.list_counted_groups",
         _list_counted_groups,
-        {**pointers, **dict.fromkeys(names, "*i32"), "n_groups": "i32"},
+        {**dict.fromkeys(names, "*i32"), "n_groups": "i32"},
         {"SIZE": 64, "COLUMNS": 256, "STEP": 1024},
     )

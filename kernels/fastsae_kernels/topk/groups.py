@@ -1,9 +1,10 @@
-"""Groups of columns and their two largest keys: what every fused encode is made of.
+"""Groups of columns and two of their largest keys: what every fused encode is made of.
 
 `_group_top2` is a matrix product whose epilogue keeps, of each row and group of columns, the
-largest key, where it was, and the second largest; `_score_groups` scores listed groups again. Keys
-are int32 in the order of the scores they are made of, NaN above all, so that every comparison is
-exact and total. 9 bytes for each row and group: 3.5 % of an fp32 [B, F] at groups of 64.
+largest key, the largest of the group's other parts, where both were, and a bound of all the rest;
+`_score_groups` scores listed groups again. Keys are int32 in the order of the scores they are made
+of, NaN above all, so that every comparison is exact and total. 12 bytes for each row and group:
+4.7 % of an fp32 [B, F] at groups of 64.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ LOWEST = tl.constexpr(-(2**31))
 """Below every key: a column that does not exist."""
 HIGHEST = tl.constexpr(2**31 - 1)
 GROUP_SIZES = (64, 32, 16)
+PART_BITS = tl.constexpr(3)
+PART = tl.constexpr(8)
+"""Members of a part: a group's two largest keys are those of two of its parts."""
 
 
 class Tile(NamedTuple):
@@ -76,8 +80,8 @@ def _group_top2(
     scale,
     limit,
     first_keys,
-    first_members,
     second_keys,
+    rest,
     n_rows,
     d_in,
     d_sae,
@@ -91,6 +95,7 @@ def _group_top2(
     DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    CANONICAL_NAN: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -137,30 +142,90 @@ def _group_top2(
     if SCALED:
         products *= tl.load(scale + columns, mask=inside, other=1.0)[None, :]
     products += tl.load(offset + columns, mask=inside, other=0.0)[None, :]
-    keys = keys_from(products, SIGNED)
+    if CANONICAL_NAN and not SIGNED:
+        keys = tl.maximum(products.to(tl.int32, bitcast=True), 0)
+    else:
+        keys = keys_from(products, SIGNED)
     if LIMITED:
         # "At or below" is what goes, so that NaN stays and is seen.
         below = products <= tl.load(limit + columns, mask=inside, other=0.0)[None, :]
         keys = tl.where(below, LOWEST, keys)
     if not EVEN:
         keys = tl.where(columns[None, :] < d_sae, keys, LOWEST)
-    # Members of a group are a stride apart, so that one or two lanes hold whole groups.
+    # Members of a group are a stride apart, and so are those of its parts, so that a thread holds
+    # whole parts and one or two lanes whole groups.
     N: tl.constexpr = COLUMNS // SIZE
-    keys = tl.reshape(keys, (ROWS, SIZE, N))
-    first = tl.max(keys, 1)
-    member = tl.arange(0, SIZE)[None, :, None]
-    which = tl.min(tl.where(keys == first[:, None, :], member, SIZE), 1)
-    if LIMITED:
-        second = tl.sum((keys > LOWEST).to(tl.int32), 1)
-    else:
-        second = tl.max(tl.where(member == which[:, None, :], LOWEST, keys), 1)
-
+    PARTS: tl.constexpr = SIZE // PART
     groups = column_tile * N + tl.arange(0, N)
     at = rows.to(tl.int64)[:, None] * n_groups + groups[None, :]
     stored = rows[:, None] < n_rows
+    keys = tl.reshape(keys, (ROWS, PART, PARTS, N))
+    best, place, under = _tournament(keys)
+    part = tl.arange(0, PARTS)[None, :, None]
+    members = place * PARTS + part
+    first, member1 = _largest(best, members, SIZE)
     tl.store(first_keys + at, first, mask=stored)
-    tl.store(first_members + at, which.to(tl.int8), mask=stored)
-    tl.store(second_keys + at, second, mask=stored)
+    if LIMITED:
+        count = tl.sum(tl.sum((keys > LOWEST).to(tl.int32), 1), 1)
+        tl.store(second_keys + at, count, mask=stored)
+        tl.store(rest + at, member1 << 8, mask=stored)
+    else:
+        best = tl.where(part == (member1 % PARTS)[:, None, :], LOWEST, best)
+        second, member2 = _largest(best, members, SIZE)
+        best = tl.where(part == (member2 % PARTS)[:, None, :], LOWEST, best)
+        bound = tl.max(tl.maximum(best, under), 1)
+        tl.store(second_keys + at, second, mask=stored)
+        bound = (tl.minimum(bound, HIGHEST - 0xFFFF) + 0xFFFF) & -0x10000
+        tl.store(rest + at, bound | (member1 << 8) | member2, mask=stored)
+
+
+@jit
+def _tournament(keys):
+    """Of each part [R, P, S, N] -> [R, S, N]: the largest key, its number in the part, the second.
+
+    By halves, which stay in a thread's registers: 37 instructions for 8 keys.
+    """
+    best = keys
+    place = tl.zeros(keys.shape, tl.int32)
+    under = tl.full(keys.shape, LOWEST, tl.int32)
+    for _ in tl.static_range(PART_BITS):
+        a, b = _halves(best)
+        place_a, place_b = _halves(place)
+        under_a, under_b = _halves(under)
+        under = tl.maximum(tl.minimum(a, b), tl.maximum(under_a, under_b))
+        place = tl.where(a >= b, place_a, place_b + a.shape[1])
+        best = tl.maximum(a, b)
+    shape: tl.constexpr = (keys.shape[0], keys.shape[2], keys.shape[3])
+    return tl.reshape(best, shape), tl.reshape(place, shape), tl.reshape(under, shape)
+
+
+@jit
+def _halves(x):
+    """[R, P, S, N] -> its two halves [R, P / 2, S, N]."""
+    halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2], x.shape[3]))
+    return tl.split(tl.permute(halves, (0, 2, 3, 4, 1)))
+
+
+@jit
+def _largest(keys, members, SIZE: tl.constexpr):
+    """The largest of keys [R, P, N] over P, and the lowest of the `members` that have it."""
+    largest = tl.max(keys, 1)
+    return largest, tl.min(tl.where(keys == largest[:, None, :], members, SIZE), 1)
+
+
+@jit
+def bound_of(rest):
+    return rest & -0x10000
+
+
+@jit
+def first_member(rest):
+    return (rest >> 8) & 0xFF
+
+
+@jit
+def second_member(rest):
+    return rest & 0xFF
 
 
 @jit
@@ -191,7 +256,7 @@ def score(
     """
     right = W_enc + columns.to(tl.int64)[:, :, None] * stride_f
     sums = tl.zeros((columns.shape[0], columns.shape[1], DEPTH), tl.float32)
-    for start in range(0, d_in, DEPTH):
+    for start in tl.range(0, d_in, DEPTH, num_stages=3):
         depth = (start + tl.arange(0, DEPTH))[None, :]
         within = depth < d_in
         values = tl.load(x + depth, mask=within, other=0.0)
@@ -230,27 +295,26 @@ def _score_groups(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    number = tl.program_id(0)
     members = tl.arange(0, SIZE)[None, :]
-    listed = number < tl.load(n_listed)
-    row = tl.load(rows + number, mask=listed, other=0).to(tl.int64)
-    columns = column(tl.load(groups + number, mask=listed, other=0), members, SIZE, COLUMNS)
-    found = score(
-        x + row * stride_x + tl.zeros((1, 1), tl.int32),
-        W_enc,
-        offset,
-        scale,
-        columns,
-        listed & (columns < d_sae),
-        d_in,
-        stride_d,
-        stride_f,
-        SCALED,
-        SIGNED,
-        PRODUCT,
-        DEPTH,
-    )
-    tl.store(keys + number.to(tl.int64) * SIZE + members, found)
+    for number in range(tl.program_id(0), tl.load(n_listed), tl.num_programs(0)):
+        row = tl.load(rows + number).to(tl.int64)
+        columns = column(tl.load(groups + number), members, SIZE, COLUMNS)
+        found = score(
+            x + row * stride_x + tl.zeros((1, 1), tl.int32),
+            W_enc,
+            offset,
+            scale,
+            columns,
+            columns < d_sae,
+            d_in,
+            stride_d,
+            stride_f,
+            SCALED,
+            SIGNED,
+            PRODUCT,
+            DEPTH,
+        )
+        tl.store(keys + (tl.zeros((1, 1), tl.int64) + number) * SIZE + members, found)
 
 
 class Layout(NamedTuple):
@@ -265,10 +329,12 @@ class Groups(NamedTuple):
 
     first_keys: Tensor
     """[B, G] int32: the largest key."""
-    first_members: Tensor
-    """[B, G] int8: the member of the group that has it."""
     second_keys: Tensor
-    """[B, G] int32: the second largest key; with a limit, how many members are above theirs."""
+    """[B, G] int32: the largest key of its other parts; with a limit, how many members are above
+    theirs."""
+    rest: Tensor
+    """[B, G] int32: 16 bits of an upper bound of all its other keys, then 8 bits each for the
+    members that have the two above."""
     layout: Layout
 
 
@@ -309,8 +375,7 @@ def group_top2(
     n_groups = n_column_tiles * (tile.columns // size)
     shape = len(x), n_groups
     first_keys = torch.empty(shape, dtype=torch.int32, device=x.device)
-    second_keys = torch.empty_like(first_keys)
-    first_members = torch.empty(shape, dtype=torch.int8, device=x.device)
+    second_keys, rest = torch.empty_like(first_keys), torch.empty_like(first_keys)
     descriptors = _takes_descriptors(x, W_enc)
     left, right = (x, W_enc) if not descriptors else _descriptors(x, W_enc, tile)
     n_tiles = -(-len(x) // tile.rows) * n_column_tiles
@@ -322,8 +387,8 @@ def group_top2(
             offset if scale is None else scale,
             offset if limit is None else limit,
             first_keys,
-            first_members,
             second_keys,
+            rest,
             len(x),
             d_in,
             d_sae,
@@ -337,6 +402,7 @@ def group_top2(
             DESCRIPTORS=descriptors,
             EVEN=d_in % tile.depth == 0 and d_sae % tile.columns == 0,
             UPCAST=UPCAST_DOTS,
+            CANONICAL_NAN=x.is_cuda and not torch.version.hip,
             SIZE=size,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
@@ -344,7 +410,7 @@ def group_top2(
             BAND=8,
             **_launch_options(tile),
         )
-    return Groups(first_keys, first_members, second_keys, Layout(tile.columns, size))
+    return Groups(first_keys, second_keys, rest, Layout(tile.columns, size))
 
 
 def score_groups(
@@ -361,12 +427,12 @@ def score_groups(
 ) -> None:
     """Write the keys of the first `n_listed` (row, group) pairs to `keys` [n, SIZE] int32.
 
-    Columns that do not exist, and pairs beyond, get the lowest key.
+    Columns that do not exist get the lowest key; pairs beyond are not written.
     """
     if len(rows) == 0:
         return
     with device_of(x):
-        _score_groups[(len(rows),)](
+        _score_groups[(min(len(rows), SCORING_PROGRAMS),)](
             x,
             W_enc,
             offset,
@@ -408,6 +474,8 @@ def values_of(keys: Tensor) -> Tensor:
     return (keys ^ ((keys >> 31) & (2**31 - 1))).view(torch.float32)
 
 
+SCORING_PROGRAMS = 2048
+"""How many groups are listed only the device knows: so many programs share them."""
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -445,7 +513,7 @@ def _group_top2_spec(
             "x": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>",
             "W_enc": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>",
         }
-    keys = {"first_keys": "*i32", "first_members": "*i8", "second_keys": "*i32"}
+    keys = dict.fromkeys(("first_keys", "second_keys", "rest"), "*i32")
     sizes = dict.fromkeys(("n_rows", "d_in", "d_sae", "n_groups", "stride_x", "stride_f"), "i32")
     return Spec(
         f"topk.group_top2[{dtype}, {'x'.join(map(str, tile[:5]))}, groups of {size}"
@@ -460,6 +528,7 @@ def _group_top2_spec(
             "DESCRIPTORS": descriptors,
             "EVEN": True,
             "UPCAST": False,
+            "CANONICAL_NAN": True,
             "SIZE": size,
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,

@@ -1,16 +1,17 @@
 """Exact top-k whose [B, F] scores never leave the registers of the product that makes them.
 
-Three launches, no atomics, no host synchronisation; docs/kernels.md has the proof.
+Four launches, no atomics, no host synchronisation; docs/kernels.md has the proof.
 
 1. `_group_top2` (groups.py): a matrix product whose epilogue keeps, of each row and group of
-   columns, the largest key, where it was, and the second largest.
-2. `_select_groups`, a program a row: tau, the k-th largest of those keys; which of the maxima are
-   among the k best; which groups are *open*, that is may hide another one: at most k // 2 of them.
-3. `_merge_open_groups`, a program a row: the open groups are scored again, merged, and sorted.
+   columns, two of the largest keys, where they were, and a bound of all the others.
+2. `_select_groups`, a warp a row: tau, which k of those keys reach; which of them are among the k
+   best; which groups are *open*, that is may hide another one: at most k of them, seldom any.
+3. `_sort_entries`, a warp a row: the k best of a row without open groups, in order.
+4. `_merge_open_groups`: the open groups of the other rows are scored again and merged.
 
 Keys are int32 in the order of the scores they are made of, NaN above all, so that every comparison
-is exact and total. Temporary memory: 9 bytes for each row and group (3.5 % of an fp32 [B, F] at
-groups of 64, which is where F >= 256 k; 7 and 14 % at 32 and 16) and 18 k bytes a row.
+is exact and total. Temporary memory: 12 bytes for each row and group (4.7 % of an fp32 [B, F] at
+groups of 64, which is where F >= 256 k; 9.4 and 19 % at 32 and 16) and 20 k bytes a row.
 """
 
 from collections.abc import Iterator
@@ -28,10 +29,13 @@ from fastsae_kernels.topk.groups import (
     LOWEST,
     TRITON_TYPES,
     affine,
+    bound_of,
     column,
+    first_member,
     group_size,
     group_top2,
     score,
+    second_member,
     values_from,
 )
 from fastsae_kernels.topk.groups import specs as group_specs
@@ -62,18 +66,24 @@ def _load_keys(at, groups, n_groups, first_keys, second_keys):
     return first, second
 
 
-@jit(do_not_specialize=["n_rows", "k", "most_open"])
+@jit
+def _count_above(first, second, floor):
+    """[R]: how many of both kinds of keys [R, G] are above `floor` [R]."""
+    both = (first > floor[:, None]).to(tl.int32) + (second > floor[:, None]).to(tl.int32)
+    return tl.sum(both, 1)
+
+
+@jit(do_not_specialize=["n_rows", "k"])
 def _select_groups(
     first_keys,
-    first_members,
     second_keys,
+    rest,
     entries,
     open_groups,
     n_open,
     n_rows,
     n_groups,
     k,
-    most_open,
     SIGNED: tl.constexpr,
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -90,75 +100,66 @@ def _select_groups(
     groups = tl.arange(0, BLOCK)
     first, second = _load_keys(at, groups, n_groups, first_keys, second_keys)
 
-    # tau, the largest key that k keys reach, bit by bit from the top.
+    # tau: at most k keys are above it, at least k reach it. Bit by bit from the top, until exactly
+    # k are above or there is no bit left (tau is then the k-th largest key).
     tau = tl.full((ROWS,), LOWEST if SIGNED else 0, tl.int32)
     bit = tl.full((), LOWEST if SIGNED else 1 << 30, tl.int32)
-    for _ in range(32 if SIGNED else 31):
-        key = tau ^ bit
-        bit = (bit >> 1) & HIGHEST
-        above = (first >= key[:, None]).to(tl.int32) + (second >= key[:, None]).to(tl.int32)
-        reached = tl.sum(above, 1)
+    settled = tl.zeros((ROWS,), tl.int32)
+    above = tl.zeros((ROWS,), tl.int32)
+    last = 0
+    while last == 0:
+        last = ((bit == 0) | (tl.min(settled, 0) != 0)).to(tl.int32)
+        # After the last bit, or once all is settled, only the keys above tau are counted.
+        floor = tl.where((settled != 0) | (bit == 0), tau, (tau ^ bit) - 1)
+        above = _count_above(first, second, floor)
         if not ONE_BLOCK:
             for start in range(BLOCK, n_groups, BLOCK):
                 more1, more2 = _load_keys(at, start + groups, n_groups, first_keys, second_keys)
-                above = (more1 >= key[:, None]).to(tl.int32) + (more2 >= key[:, None]).to(tl.int32)
-                reached += tl.sum(above, 1)
-        tau = tl.where(reached >= k, key, tau)
-
+                above += _count_above(more1, more2, floor)
+        tau = tl.where(above > k, floor + 1, tl.where(above == k, floor, tau))
+        settled |= (above == k).to(tl.int32)
+        bit = (bit >> 1) & HIGHEST
     threshold = tau[:, None]
-    first_above = tl.sum((first > threshold).to(tl.int32), 1)
-    second_above = tl.sum((second > threshold).to(tl.int32), 1)
-    level = tl.sum((first == threshold).to(tl.int32), 1)
-    if not ONE_BLOCK:
-        for start in range(BLOCK, n_groups, BLOCK):
-            more1, more2 = _load_keys(at, start + groups, n_groups, first_keys, second_keys)
-            first_above += tl.sum((more1 > threshold).to(tl.int32), 1)
-            second_above += tl.sum((more2 > threshold).to(tl.int32), 1)
-            level += tl.sum((more1 == threshold).to(tl.int32), 1)
-    # Groups whose second key equals tau are opened only if all the others do not make k.
-    level_open = tl.maximum(k - first_above - second_above - level, 0)
 
     # Entries above tau go to the left of the row's k, those equal to tau to the right, as far as
     # they find room; what stays free is for the open groups.
     n_sure = tl.zeros((ROWS,), tl.int32)
     n_level = tl.zeros((ROWS,), tl.int32)
-    n_tied = tl.zeros((ROWS,), tl.int32)
     n_opened = tl.zeros((ROWS,), tl.int32)
     entries += rows.to(tl.int64)[:, None] * k
-    open_groups += rows.to(tl.int64)[:, None] * most_open
+    open_groups += rows.to(tl.int64)[:, None] * k
     start = 0
     while start < n_groups:
         # Read again, a few at a time: all of them and their places would not fit into registers.
         here = start + tl.arange(0, STEP)
         key1, key2 = _load_keys(at, here, n_groups, first_keys, second_keys)
         inside = (here < n_groups)[None, :]
-        members = tl.load(first_members + at[:, None] + here[None, :], mask=inside, other=0)
-        columns = column(here[None, :], members.to(tl.int32), SIZE, COLUMNS)
-        tied = (key2 == threshold).to(tl.int32)
-        rank = n_tied[:, None] + tl.cumsum(tied, 1) - tied
-        opened = (key2 > threshold) | ((key2 == threshold) & (rank < level_open[:, None]))
-        sure = (key1 > threshold) & (opened == 0)
-        may = (key1 == threshold) & (opened == 0)
+        others = tl.load(rest + at[:, None] + here[None, :], mask=inside, other=LOWEST)
+        opened = (key1 > threshold) & (bound_of(others) > threshold)
+        sure1 = ((key1 > threshold) & (opened == 0)).to(tl.int32)
+        sure2 = ((key2 > threshold) & (opened == 0)).to(tl.int32)
+        may1 = ((key1 == threshold) & inside).to(tl.int32)
+        may2 = ((key2 == threshold) & inside & (opened == 0)).to(tl.int32)
         # Three running counts in one scan.
-        flags = sure.to(tl.int64) | (may.to(tl.int64) << 21) | (opened.to(tl.int64) << 42)
+        flags = (sure1 + sure2).to(tl.int64) | ((may1 + may2).to(tl.int64) << 21)
+        flags |= opened.to(tl.int64) << 42
         counts = tl.cumsum(flags, 1) - flags
         left = n_sure[:, None] + (counts & 0x1FFFFF).to(tl.int32)
         right = k - 1 - n_level[:, None] - ((counts >> 21) & 0x1FFFFF).to(tl.int32)
         place = n_opened[:, None] + (counts >> 42).to(tl.int32)
-        entry = _entry(key1, columns)
-        tl.store(entries + left, entry, mask=sure & real[:, None])
-        room = may & (right >= first_above[:, None])
-        tl.store(entries + right, entry, mask=room & real[:, None])
+        column1 = column(here[None, :], first_member(others), SIZE, COLUMNS)
+        column2 = column(here[None, :], second_member(others), SIZE, COLUMNS)
+        _place(entries, key1, column1, sure1, may1, left, right, above, real)
+        _place(entries, key2, column2, sure2, may2, left + sure1, right - may1, above, real)
         shown = tl.broadcast_to(here[None, :], (ROWS, STEP))
         tl.store(open_groups + place, shown, mask=opened & real[:, None])
         total = tl.sum(flags, 1)
         n_sure += (total & 0x1FFFFF).to(tl.int32)
         n_level += ((total >> 21) & 0x1FFFFF).to(tl.int32)
         n_opened += (total >> 42).to(tl.int32)
-        n_tied += tl.sum(tied, 1)
         start += STEP
     tl.store(n_open + rows, n_opened, mask=real)
-    taken = tl.maximum(k - n_level, first_above)
+    taken = tl.maximum(k - n_level, above)
     start = 0
     while start < k:
         slots = (start + tl.arange(0, SLOTS))[None, :]
@@ -169,18 +170,65 @@ def _select_groups(
 
 
 @jit
+def _place(entries, keys, columns, sure, may, left, right, above, real):
+    kept = (sure != 0) | ((may != 0) & (right >= above[:, None]))
+    place = tl.where(sure != 0, left, right)
+    tl.store(entries + place, _entry(keys, columns), mask=kept & real[:, None])
+
+
+@jit
 def _larger(others, entries):
     """[R, N]: how many of `others` [R, M] are larger than each of `entries` [R, N]."""
-    return tl.sum((others[:, None, :] > entries[:, :, None]).to(tl.int32), 2)
+    return tl.sum((others[:, :, None] > entries[:, None, :]).to(tl.int32), 1)
 
 
-@jit(do_not_specialize=["n_rows", "k", "most_open"])
+@jit
+def _store_code(acts, indices, at, entry, mask):
+    tl.store(acts + at, values_from((entry >> 32).to(tl.int32)), mask=mask)
+    tl.store(indices + at, (entry & HIGHEST).to(tl.int32) ^ HIGHEST, mask=mask)
+
+
+@jit(do_not_specialize=["n_rows", "k"])
+def _sort_entries(
+    entries,
+    in_order,
+    n_open,
+    acts,
+    indices,
+    n_rows,
+    k,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Rows without open groups are finished here; of the others the entries are put in order."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = (rows < n_rows)[:, None]
+    at = rows.to(tl.int64)[:, None] * k
+    slots = tl.arange(0, CHUNK)[None, :]
+    finished = (tl.load(n_open + rows, mask=rows < n_rows, other=0) == 0)[:, None]
+    # By counting the larger ones: entries are distinct.
+    start = 0
+    while start < k:
+        inside = real & (start + slots < k)
+        mine = tl.load(entries + at + start + slots, mask=inside, other=NO_ENTRY)
+        rank = tl.zeros((ROWS, CHUNK), tl.int32)
+        other = 0
+        while other < k:
+            mask = real & (other + slots < k)
+            rank += _larger(tl.load(entries + at + other + slots, mask=mask, other=NO_ENTRY), mine)
+            other += CHUNK
+        tl.store(in_order + at + rank, mine, mask=inside & (finished == 0))
+        _store_code(acts, indices, at + rank, mine, inside & finished)
+        start += CHUNK
+
+
+@jit(do_not_specialize=["n_rows", "k"])
 def _merge_open_groups(
     x,
     W_enc,
     offset,
     scale,
-    entries,
+    in_order,
     spare,
     open_groups,
     n_open,
@@ -190,7 +238,6 @@ def _merge_open_groups(
     d_in,
     d_sae,
     k,
-    most_open,
     stride_x,
     stride_d,
     stride_f,
@@ -204,34 +251,18 @@ def _merge_open_groups(
     DEPTH: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = (rows < n_rows)[:, None]
+    opened = tl.load(n_open + rows, mask=rows < n_rows, other=0)
+    most = tl.max(opened)
+    if most == 0:
+        return
     at = rows.to(tl.int64)[:, None] * k
     slots = tl.arange(0, CHUNK)[None, :]
-
-    # Sorted by counting the larger ones: entries are distinct.
-    source = entries
-    target = spare
-    start = 0
-    while start < k:
-        mine = tl.load(source + at + start + slots, mask=real & (start + slots < k), other=NO_ENTRY)
-        rank = tl.zeros((ROWS, CHUNK), tl.int32)
-        other = 0
-        while other < k:
-            mask = real & (other + slots < k)
-            rank += _larger(tl.load(source + at + other + slots, mask=mask, other=NO_ENTRY), mine)
-            other += CHUNK
-        tl.store(target + at + rank, mine, mask=real & (start + slots < k))
-        start += CHUNK
-    tl.debug_barrier()
-
-    opened = tl.load(n_open + rows, mask=rows < n_rows, other=0)
     members = tl.arange(0, SIZE)[None, :]
-    for number in range(0, tl.max(opened)):
+    source, target = spare, in_order
+    for number in range(0, most):
         source, target = target, source
         busy = (number < opened)[:, None]
-        group = tl.load(
-            open_groups + rows.to(tl.int64) * most_open + number, mask=number < opened, other=0
-        )
+        group = tl.load(open_groups + rows.to(tl.int64) * k + number, mask=number < opened, other=0)
         columns = column(group[:, None], members, SIZE, COLUMNS)
         inside = busy & (columns < d_sae)
         keys = score(
@@ -261,22 +292,21 @@ def _merge_open_groups(
             tl.store(target + at + moved, held, mask=mask & (moved < k))
             start += CHUNK
         tl.store(target + at + rank, found, mask=inside & (rank < k))
-        # Rows that have no more open groups come along.
-        start = 0
-        while start < k:
-            mask = real & (busy == 0) & (start + slots < k)
-            held = tl.load(source + at + start + slots, mask=mask)
-            tl.store(target + at + start + slots, held, mask=mask)
-            start += CHUNK
+        if ROWS > 1:
+            # Rows that have no more open groups come along.
+            start = 0
+            while start < k:
+                mask = (rows < n_rows)[:, None] & (busy == 0) & (start + slots < k)
+                held = tl.load(source + at + start + slots, mask=mask)
+                tl.store(target + at + start + slots, held, mask=mask)
+                start += CHUNK
         tl.debug_barrier()
 
     start = 0
     while start < k:
-        mask = real & (start + slots < k)
+        mask = (opened > 0)[:, None] & (start + slots < k)
         entry = tl.load(target + at + start + slots, mask=mask, other=0)
-        tl.store(acts + at + start + slots, values_from((entry >> 32).to(tl.int32)), mask=mask)
-        latents = (entry & HIGHEST).to(tl.int32) ^ HIGHEST
-        tl.store(indices + at + start + slots, latents, mask=mask)
+        _store_code(acts, indices, at + start + slots, entry, mask)
         start += CHUNK
 
 
@@ -291,14 +321,13 @@ def select_topk(
     x, (offset, scale) = x.contiguous(), affine(b_enc, scale)
     found = group_top2(x, W_enc, offset, group_size(d_sae, k), scale, signed)
     n_groups = found.first_keys.shape[1]
-    most_open = max(1, k // 2)
     entries = torch.empty(2, n_rows, k, dtype=torch.int64, device=x.device)
-    open_groups = torch.empty(n_rows, most_open, dtype=torch.int32, device=x.device)
+    open_groups = torch.empty(n_rows, k, dtype=torch.int32, device=x.device)
     n_open = torch.empty(n_rows, dtype=torch.int32, device=x.device)
     block = min(padded(n_groups), MOST_RESIDENT)
-    rows = min(max(1, 4096 // block), padded(n_rows, 1))
+    rows = min(max(1, WARP_GROUPS // block), padded(n_rows, 1))
     chunk = _merge_chunk(k)
-    merged = min(MERGED_ROWS, padded(n_rows, 1))
+    few = min(INTERPRETED_ROWS if interpreted() else 1, padded(n_rows, 1))
     with device_of(x):
         _select_groups[(triton.cdiv(n_rows, rows),)](
             *found[:3],
@@ -308,7 +337,6 @@ def select_topk(
             n_rows,
             n_groups,
             k,
-            most_open,
             SIGNED=signed,
             SIZE=found.layout.size,
             COLUMNS=found.layout.columns,
@@ -319,13 +347,25 @@ def select_topk(
             SLOTS=chunk,
             num_warps=_select_warps(block),
         )
-        _merge_open_groups[(triton.cdiv(n_rows, merged),)](
+        _sort_entries[(triton.cdiv(n_rows, few),)](
+            entries[0],
+            entries[1],
+            n_open,
+            acts,
+            indices,
+            n_rows,
+            k,
+            ROWS=few,
+            CHUNK=chunk,
+            num_warps=1,
+        )
+        _merge_open_groups[(triton.cdiv(n_rows, few),)](
             x,
             W_enc,
             offset,
             offset if scale is None else scale,
-            entries[0],
             entries[1],
+            entries[0],
             open_groups,
             n_open,
             acts,
@@ -334,7 +374,6 @@ def select_topk(
             d_in,
             d_sae,
             k,
-            most_open,
             x.stride(0),
             W_enc.stride(0),
             W_enc.stride(1),
@@ -343,18 +382,24 @@ def select_topk(
             PRODUCT=TRITON_TYPES[x.dtype],
             SIZE=found.layout.size,
             COLUMNS=found.layout.columns,
-            ROWS=merged,
+            ROWS=few,
             CHUNK=chunk,
-            DEPTH=4096 // found.layout.size,
-            num_warps=4,
+            DEPTH=MERGE_TILE // found.layout.size,
+            num_warps=MERGE_WARPS,
+            **({} if torch.version.hip else {"maxnreg": MERGE_REGISTERS}),
         )
     return acts, indices
 
 
+WARP_GROUPS = 2048
+"""Groups whose keys one warp holds in its registers, so that counting them needs no barrier."""
 MOST_RESIDENT = 16384
 """Groups of a row that stay in the registers of one program; more are read again and again."""
-MERGED_ROWS = 8 if interpreted() else 1
-"""Rows of a merging program: more spill registers, but the interpreter pays for each program."""
+INTERPRETED_ROWS = 8
+"""Rows that a program sorts or merges in the interpreter, which pays for each program; one on a
+GPU, where more would spill registers."""
+MERGE_TILE, MERGE_WARPS, MERGE_REGISTERS = 4096, 8, 128
+"""Weights that are read at a time when an open group is scored again: 8 KB in bf16."""
 
 
 def _merge_chunk(k: int) -> int:
@@ -363,11 +408,11 @@ def _merge_chunk(k: int) -> int:
 
 
 def _select_warps(block: int) -> int:
-    return max(8, min(16, block // 1024))
+    return max(1, block // WARP_GROUPS)
 
 
 def _select_step(block: int, rows: int) -> int:
-    return min(block, max(16, 1024 // rows))
+    return min(block, max(16, 512 * _select_warps(block) // rows))
 
 
 def specs() -> Iterator[Spec]:
@@ -376,25 +421,27 @@ def specs() -> Iterator[Spec]:
         for k in (16, 64):
             for size in GROUP_SIZES:
                 yield _merge_spec(dtype, k, size)
-    for block in (1024, 4096, MOST_RESIDENT):
-        yield _select_spec(block, block == 4096)
+    for k in (16, 64):
+        yield _sort_spec(k)
+    for block in (512, 2048, 4096, MOST_RESIDENT):
+        yield _select_spec(block, block != 512)
 
 
 def _select_spec(block: int, default: bool) -> Spec:
-    pointers = {"first_keys": "*i32", "first_members": "*i8", "second_keys": "*i32"}
-    pointers |= {"entries": "*i64", "open_groups": "*i32", "n_open": "*i32"}
+    pointers = dict.fromkeys(("first_keys", "second_keys", "rest", "open_groups", "n_open"), "*i32")
+    rows = max(1, WARP_GROUPS // block)
     return Spec(
         f"topk.select_groups[{block} groups]",
         _select_groups,
-        {**pointers, **dict.fromkeys(("n_rows", "n_groups", "k", "most_open"), "i32")},
+        {**pointers, "entries": "*i64", **dict.fromkeys(("n_rows", "n_groups", "k"), "i32")},
         {
             "SIGNED": False,
             "SIZE": 64,
             "COLUMNS": 256,
-            "ROWS": max(1, 4096 // block),
+            "ROWS": rows,
             "BLOCK": block,
             "ONE_BLOCK": True,
-            "STEP": _select_step(block, max(1, 4096 // block)),
+            "STEP": _select_step(block, rows),
             "SLOTS": 64,
         },
         _select_warps(block),
@@ -402,11 +449,23 @@ def _select_spec(block: int, default: bool) -> Spec:
     )
 
 
+def _sort_spec(k: int) -> Spec:
+    pointers = {"entries": "*i64", "in_order": "*i64", "n_open": "*i32"}
+    pointers |= {"acts": "*fp32", "indices": "*i32"}
+    return Spec(
+        f"topk.sort_entries[k = {k}]",
+        _sort_entries,
+        {**pointers, "n_rows": "i32", "k": "i32"},
+        {"ROWS": 1, "CHUNK": _merge_chunk(k)},
+        num_warps=1,
+    )
+
+
 def _merge_spec(dtype: str, k: int, size: int) -> Spec:
     pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
-    pointers |= {"entries": "*i64", "spare": "*i64", "open_groups": "*i32", "n_open": "*i32"}
+    pointers |= {"in_order": "*i64", "spare": "*i64", "open_groups": "*i32", "n_open": "*i32"}
     pointers |= {"acts": "*fp32", "indices": "*i32"}
-    sizes = ("n_rows", "d_in", "d_sae", "k", "most_open", "stride_x", "stride_f")
+    sizes = ("n_rows", "d_in", "d_sae", "k", "stride_x", "stride_f")
     return Spec(
         f"topk.merge_open_groups[{dtype}, k = {k}, groups of {size}]",
         _merge_open_groups,
@@ -420,7 +479,9 @@ def _merge_spec(dtype: str, k: int, size: int) -> Spec:
             "COLUMNS": 256,
             "ROWS": 1,
             "CHUNK": _merge_chunk(k),
-            "DEPTH": 4096 // size,
+            "DEPTH": MERGE_TILE // size,
         },
+        num_warps=MERGE_WARPS,
+        max_registers=MERGE_REGISTERS,
         default=size == 64,
     )
