@@ -34,7 +34,7 @@ from bench.gpu.harness import DRY, FULL, QUICK, Report, Row, Scale, free_memory
 from bench.record import RESULTS, environment
 
 ROOT = Path(__file__).parent.parent
-LOCAL = {"bench", "fastsae_kernels", "parity"}
+LOCAL = {"bench", "fastsae", "fastsae_kernels", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,13 @@ PARTS = {
     ),
     "training": Part(
         150,
-        (training.determinism, training.memory, training.real_training, training.one_graph),
+        (
+            training.determinism,
+            training.memory,
+            training.real_training,
+            training.one_graph,
+            training.every_variant,
+        ),
         timed=False,
     ),
     "encode": Part(85, (speed.encode,)),
@@ -95,9 +101,11 @@ def kernel_tests() -> tuple[list[Path], list[str]]:
         about_kernels = (
             "parity" in names or path.stem.endswith("_kernel") or "row_adam" in path.stem
         )
-        absent = [n for n in names - LOCAL if importlib.util.find_spec(n) is None]
-        if "fastsae" in names and importlib.util.find_spec("jaxtyping") is None:
-            absent.append("jaxtyping")
+        for helper in names & LOCAL:
+            if (path.parent / f"{helper}.py").exists():
+                names |= _imports(path.parent / f"{helper}.py")
+        needed = names - LOCAL | ({"jaxtyping"} if "fastsae" in names else set())
+        absent = [n for n in needed if importlib.util.find_spec(n) is None]
         if about_kernels and absent:
             left_out.append(f"{path.name} left out: {', '.join(sorted(absent))} absent")
         elif about_kernels:

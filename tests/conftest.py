@@ -8,6 +8,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def made_where_kernels_run():
+    """Tensors are made on the GPU, where there is one, unless told otherwise."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_every_time():
     """One seed a test, and NaN in every uninitialised tensor so that an unwritten output fails."""

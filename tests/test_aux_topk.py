@@ -5,6 +5,8 @@ from fastsae_kernels import Impl, aux_topk, workspace
 from fastsae_kernels.auxk import eager
 from parity import CASES, DEVICE, SHAPES, Shape, all_in, check_parity, lattice, weights
 
+pytestmark = pytest.mark.usefixtures("made_where_kernels_run")
+
 
 def losses_for(dead):
     def losses(i, impl):

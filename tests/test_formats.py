@@ -287,6 +287,7 @@ def test_saelens_before_6(tmp_path, kind):
 
 @pytest.mark.parametrize("to", ["sparsify", "dictionary_learning", "openai"])
 def test_convert_there_and_back(tmp_path, to, capsys):
+    pytest.importorskip("tyro")
     fields = {"normalize_activations": "layer_norm"} if to == "openai" else {}
     sae = make("topk", k=4, rescale_acts_by_decoder_norm=False, **fields)
     sae.save_model(tmp_path / "a")

@@ -34,6 +34,8 @@ BANDWIDTH = 0.5
 EAGER = Impl.EAGER.value
 ids = lambda d: str(d).removeprefix("torch.")
 
+pytestmark = pytest.mark.usefixtures("made_where_kernels_run")
+
 
 def from_sae_lens(path: str, *names: str) -> dict[str, Any]:
     """Definitions of an installed SAELens, run by themselves: importing all of it takes long."""

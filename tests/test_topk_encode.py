@@ -188,7 +188,9 @@ def test_leading_axes_and_memory_orders_do_not_matter():
 def test_half_precision_product_is_close_to_the_reference(monkeypatch):
     """What a GPU does with bf16 rows, run on the CPU: bf16 operands and product, the rest fp32."""
     monkeypatch.setattr(_encoder_pairs, "FP32_PRODUCT_DEVICES", ())
-    inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()} | {"b_dec": torch.zeros(32)}
+    inputs = {k: v.float() for k, v in weights(SHAPES[0]).items()} | {
+        "b_dec": torch.zeros(32, device=DEVICE)
+    }
     exact = encode(inputs, Impl.REFERENCE, 8)["acts"]
     acts = encode(inputs | {"x": inputs["x"].bfloat16()}, Impl.EAGER, 8)["acts"]
     assert acts.dtype == torch.float32

@@ -23,7 +23,7 @@ from bench.gpu.harness import (
     seconds_of,
     step_seconds,
 )
-from bench.gpu.step import FusedStep, Step, bag_step, dense_step
+from bench.gpu.step import FusedStep, Step, bag_step, dense_step, trainer_step
 from bench.measure import Run
 from fastsae_kernels import Impl, topk_encode
 
@@ -194,6 +194,7 @@ def _steps_at(case: Case, report: Report) -> None:
     # Each with the seconds that it takes to build and to run.
     rivals: dict[str, tuple[float, Callable[[], Step]]] = {
         "fastsae": (0, lambda: FusedStep(case, Impl.TRITON)),
+        "fastsae.Trainer": (5, lambda: trainer_step(case)),
         "plain PyTorch, embedding_bag": (8, lambda: bag_step(case)),
         "dense PyTorch": (8, lambda: dense_step(case)),
         "dense PyTorch, torch.compile": (50, lambda: dense_step(case, compiled=not DRY)),
@@ -202,7 +203,9 @@ def _steps_at(case: Case, report: Report) -> None:
     for name, (needed, make) in rivals.items():
         # Dense: masters, gradients and moments, scores and their gradients several times over.
         dense = case.F * case.D * 32 / 2**30 + 6 * case.B * case.F * 4 / 2**30
-        if name != "fastsae" and (gibibytes() < dense or not report.enough_time(needed, name)):
+        if not name.startswith("fastsae") and (
+            gibibytes() < dense or not report.enough_time(needed, name)
+        ):
             report.note(f"{case.name}: {name} left out; it takes {dense:.0f} GiB")
             continue
         try:
@@ -224,7 +227,7 @@ def _steps_at(case: Case, report: Report) -> None:
             f"{case.name:20}{name:32}{1e3 * seconds:9.2f} ms {row['over_floor']:6.2f} x floor"
             f"{row['over_ours']:7.2f} x ours   losses {losses[0]:.4g} .. {losses[-1]:.4g}",
         )
-        if name == "fastsae":
+        if name.startswith("fastsae"):
             _launches(report, case, name, lambda step=step: step(x))
         del step
         free_memory()

@@ -118,3 +118,13 @@ def _plain(case: Case, loss_of: Callable[..., Tensor]) -> Step:
         return loss.detach()
 
     return step
+
+
+def trainer_step(case: Case) -> Step:
+    """fastsae's own trainer, with everything it does by default: clipping, AuxK, counters."""
+    from fastsae import TopKConfig, TrainConfig, Trainer
+
+    sae = TopKConfig(d_in=case.D, d_sae=case.F, k=case.K)
+    cfg = TrainConfig(sae=sae, total_tokens=10_000 * case.B, batch_size=case.B)
+    trainer = Trainer(cfg, device=DEVICE)
+    return lambda x: trainer.step(x).total.detach()
