@@ -1,13 +1,15 @@
-"""mse_l1_rows: the Triton kernel against the dense fp64 mathematics of the same numbers."""
+"""mse_l1_rows: both Triton kernels against the dense fp64 mathematics of the same numbers."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fastsae_kernels import Impl, SparseCode, mse_l1_loss
 from fastsae_kernels.decode import kernel as decode_kernel
-from fastsae_kernels.loss import kernel
+from fastsae_kernels.loss import kernel, one_visit
 from fastsae_kernels.loss.kernel import mse_l1_rows
+from fastsae_kernels.loss.one_visit import MOST_SLOTS
 from parity import DEVICE, SLACK, Shape, relative_error
 
 SHAPES = [
@@ -21,8 +23,24 @@ SHAPES = [
 CASES = [(shape, torch.float32) for shape in SHAPES]
 CASES += [(SHAPES[0], torch.bfloat16), (SHAPES[0], torch.float16), (SHAPES[-1], torch.bfloat16)]
 ids = lambda d: str(d).removeprefix("torch.")
-both = pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
 numpy_may_warn = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+
+def visit_twice(monkeypatch):
+    monkeypatch.setattr(kernel, "MOST_SLOTS", -1)
+
+
+@pytest.fixture(params=["one visit", "two visits"])
+def either_kernel(request, monkeypatch):
+    if request.param == "two visits":
+        visit_twice(monkeypatch)
+
+
+@pytest.fixture(params=["one visit", "two visits", "ragged"])
+def ragged(request, monkeypatch):
+    if request.param == "two visits":
+        visit_twice(monkeypatch)
+    return request.param == "ragged"
 
 
 def problem(shape, ragged=False, dtype=torch.float32, weighted=True):
@@ -73,14 +91,12 @@ def check(found, truth, allowed=SLACK[torch.float32]):
         assert relative_error(got, exact) <= allowed, name
 
 
-@both
 @pytest.mark.parametrize("shape, dtype", CASES, ids=ids)
 def test_matches_dense_fp64(shape, dtype, ragged):
     p = problem(shape, ragged, dtype)
     check(mse_l1_rows(**p, needs_dots=True), dense_truth(p))
 
 
-@both
 def test_without_dots_and_without_weight(ragged):
     p = problem(Shape(5, 33, 40, 8), ragged, weighted=False)
     truth = dense_truth(p)
@@ -89,16 +105,17 @@ def test_without_dots_and_without_weight(ragged):
     check([*losses, dots], [*truth[:3], torch.empty(0)])
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_mixed_dtypes():
     p = problem(Shape(5, 33, 40, 8))
     p |= {"x": p["x"].bfloat16(), "W_dec": p["W_dec"].half(), "indices": p["indices"].long()}
     check(mse_l1_rows(**p, needs_dots=True), dense_truth(p))
 
 
-@both
 def test_columns_in_several_blocks(monkeypatch, ragged):
     p = problem(Shape(2, 100, 64, 40), ragged)
     whole = mse_l1_rows(**p, needs_dots=True)
+    monkeypatch.setattr(one_visit, "TILE_BYTES", 1)
     monkeypatch.setattr(kernel, "BLOCK_BYTES", 128)
     monkeypatch.setattr(decode_kernel, "ROW_BYTES", 64)
     blocks = mse_l1_rows(**p, needs_dots=True)
@@ -106,13 +123,13 @@ def test_columns_in_several_blocks(monkeypatch, ragged):
     check(blocks, dense_truth(p))
 
 
-@both
 def test_same_bits_twice(ragged):
     p = problem(Shape(5, 33, 40, 8), ragged)
     first, second = (mse_l1_rows(**p, needs_dots=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_padding_counts_for_nothing():
     p = problem(Shape(5, 33, 40, 8))
     padded = dict(p)
@@ -126,6 +143,7 @@ def test_padding_counts_for_nothing():
     assert not row_l1.any()
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_rows_without_entries():
     p = problem(Shape(3, 33, 9, 2))
     flat = {"indices": p["indices"][:0].reshape(-1), "acts": p["acts"][:0].reshape(-1)}
@@ -147,7 +165,6 @@ def test_no_rows():
     assert shapes == [[0], [0], [0, 33], [0, 2]]
 
 
-@both
 def test_nan_reaches_the_losses_of_its_rows_only(ragged):
     p = problem(Shape(4, 33, 40, 3))
     indices = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 5, 7], [8, 9, 2]], device=DEVICE).int()
@@ -183,6 +200,18 @@ def test_infinite_act_makes_an_infinite_loss():
     assert row_l1.isinf().tolist() == [False, True, False]
 
 
+@numpy_may_warn
+@pytest.mark.usefixtures("either_kernel")
+def test_infinite_act_makes_no_nan_of_columns_that_do_not_exist():
+    p = problem(Shape(3, 33, 40, 3))
+    p["acts"][1, 2] = float("inf")
+    p["W_dec"].abs_()
+    for found in mse_l1_rows(**p, needs_dots=True):
+        assert not found.isnan().any()
+        assert found.reshape(3, -1).isinf().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.usefixtures("either_kernel")
 def test_strides():
     p = problem(Shape(5, 33, 40, 8))
     plain = mse_l1_rows(**p, needs_dots=True)
@@ -193,6 +222,60 @@ def test_strides():
     for x in (across(p["x"]), p["x"].repeat(1, 2)[:, :33]):
         found = mse_l1_rows(**{**p, **spread, "x": x}, needs_dots=True)
         check(found, [t.double() for t in plain], 1e-6)
+
+
+@pytest.mark.parametrize("targets", [(), (3,)], ids=["one target", "three targets"])
+@pytest.mark.parametrize("n_slots", [1, 2, 17, 65, MOST_SLOTS, MOST_SLOTS + 1])
+@pytest.mark.usefixtures("either_kernel")
+def test_gradients_of_each_loss_match_fp64(n_slots, targets):
+    n_rows, n_cols, d_sae = 2, 11, 9
+    where = torch.randint(d_sae, (n_rows, n_slots), device=DEVICE)
+    x = randn(n_rows, *targets, n_cols)
+    inputs = {
+        "acts": randn(n_rows, n_slots),
+        "W_dec": randn(d_sae, *targets, n_cols),
+        "b_dec": randn(*targets, n_cols),
+        "l1_weight": randn(d_sae).abs(),
+    }
+
+    def gradients(losses, leaves):
+        """Of each loss by each input it depends on."""
+        mse, l1 = losses(**leaves)
+        by = lambda loss, *names: torch.autograd.grad(
+            loss, [leaves[name] for name in names], retain_graph=True
+        )
+        of_mse, of_l1 = by(mse, "acts", "W_dec", "b_dec"), by(l1, "acts", "l1_weight")
+        return [mse.detach(), l1.detach(), *of_mse, *of_l1, *by(mse * 3 + l1 * 5, *leaves)]
+
+    def kernels(acts, W_dec, b_dec, l1_weight):
+        code = SparseCode(acts, where.int())
+        return mse_l1_loss(x, code, W_dec, b_dec, l1_weight, impl=Impl.TRITON)[:2]
+
+    def mathematics(acts, W_dec, b_dec, l1_weight):
+        x_hat = torch.einsum("bk,bk...->b...", acts, W_dec[where]) + b_dec
+        l1 = (acts.abs() * l1_weight[where]).sum(1).mean()
+        return (x_hat - x.double()).square().flatten(1).sum(1).mean(), l1
+
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    exact = {n: t.double().requires_grad_() for n, t in inputs.items()}
+    made = gradients(kernels, leaves)
+    for found, truth in zip(made, gradients(mathematics, exact), strict=True):
+        assert relative_error(found, truth) <= SLACK[torch.float32]
+
+
+def test_which_codes_are_gathered_once(monkeypatch):
+    launched = []
+    launch = one_visit.launch
+    monkeypatch.setattr(one_visit, "launch", lambda *a: launched.append(1) or launch(*a))
+
+    def launches(n_slots, ragged=False, needs_dots=True):
+        launched.clear()
+        mse_l1_rows(**problem(Shape(2, 7, MOST_SLOTS + 1, n_slots), ragged), needs_dots=needs_dots)
+        return len(launched)
+
+    assert launches(1) == launches(MOST_SLOTS) == 1
+    assert launches(MOST_SLOTS + 1) == launches(3, ragged=True) == 0
+    assert launches(3, needs_dots=False) == 0
 
 
 def test_transposed_weight_is_refused():

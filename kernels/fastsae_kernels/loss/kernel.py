@@ -1,9 +1,12 @@
 """Squared error, L1 and the gradient of the activations, one program a row.
 
-The program decodes its row block by block, writes the error, and goes through the same rows of
-W_dec once more for their dot products with it, in the opposite direction: what was read last is
-still in cache. For that to hold few rows may be under way, hence many warps on each: at 16 warps of
-64 registers a multiprocessor works at two rows, 2 x 295 KB of a bf16 W_dec at K = 64, D = 2,304.
+With up to `MOST_SLOTS` entries in every row each row of W_dec is read once (`one_visit.py`). The
+kernel here takes more of them, rows whose lengths are on the device only, and calls without dots.
+
+It decodes its row block by block, writes the error, and goes through the same rows of W_dec once
+more for their dot products with it, in the opposite direction: what was read last may still be in
+cache. For that few rows may be under way, hence many warps on each: at 16 warps of 64 registers a
+multiprocessor works at two rows, 2 x 295 KB of a bf16 W_dec at K = 64, D = 2,304.
 
 The error is read back from where it was written, which is its output, so that no D is too long for
 the registers. Nothing is allocated but the outputs. Sums have a fixed order: the same input gives
@@ -31,6 +34,8 @@ from fastsae_kernels.decode.kernel import (
     warp_cols,
     with_close_cols,
 )
+from fastsae_kernels.loss import one_visit
+from fastsae_kernels.loss.one_visit import MOST_SLOTS
 
 BLOCK_BYTES = 2048
 """Of a row of W_dec that is decoded at a time; so the warps read several rows side by side."""
@@ -80,6 +85,9 @@ def mse_l1_rows(
     if n_rows == 0:
         return row_mse, row_l1, err, dots
     x = with_close_cols(x)
+    if needs_dots and row_offsets is None and indices.shape[1] <= MOST_SLOTS:
+        one_visit.launch(row_mse, row_l1, err, dots, x, indices, acts, W_dec, b_dec, l1_weight)
+        return row_mse, row_l1, err, dots
     groups, cols = _decode_tile(n_cols, W_dec.element_size())
     with device_of(W_dec):
         _mse_l1_kernel[n_rows,](
@@ -203,6 +211,7 @@ def _mse_l1_kernel(
 
 
 def specs() -> Iterator[Spec]:
+    yield from one_visit.specs()
     floats = ("row_mse_ptr", "row_l1_ptr", "err_ptr", "dots_ptr", "acts_ptr", "bias_ptr")
     shared = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("n_cols", "x_stride", "stride"), "i32")
     for dtype, n_bytes in (("bf16", 2), ("fp32", 4), ("fp16", 2)):
