@@ -65,6 +65,26 @@ def test_segment_sums(short_chunks, D, dtype):
     assert torch.equal(got, kernel.segment_sum(groups, coef, operand))
 
 
+def test_blocks_of_columns_change_no_bit(short_chunks, monkeypatch):
+    groups = skewed_groups()
+    coef, operand = torch.randn(len(groups.rows), device=DEVICE), torch.randn(37, 33, device=DEVICE)
+    whole = kernel.segment_sum(groups, coef, operand)
+    monkeypatch.setattr(kernel, "_LEAST_COLS", 16)
+    monkeypatch.setattr(kernel, "_MOST_COLS", 16)
+    assert torch.equal(kernel.segment_sum(groups, coef, operand), whole)
+
+
+def test_a_program_has_the_columns_whose_slice_stays_in_cache():
+    bf16 = 2 * 8192
+    sizes = {D: kernel.slice_columns(D, bf16) for D in (768, 2304, 4096, 100, 65536)}
+    assert sizes == {768: 1024, 2304: 512, 4096: 1024, 100: 128, 65536: 1024}
+    assert [kernel.slice_columns(4096, bytes_) for bytes_ in (0, 2 * bf16, 64 * bf16)] == [
+        2048,
+        512,
+        512,
+    ]
+
+
 def test_segment_sums_with_chunks_of_their_real_size():
     groups = skewed_groups(B=600, K=2, F=5)
     coef, operand = torch.randn(1200, device=DEVICE), torch.randn(600, 5, device=DEVICE)

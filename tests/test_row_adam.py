@@ -28,6 +28,14 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr("fastsae_kernels.grouping.kernel.CHUNK", 8)
 
 
+@pytest.fixture
+def narrow_programs(monkeypatch):
+    """Sixteen columns a program, so that a row of 33 has three."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("fastsae_kernels.grouping.kernel._LEAST_COLS", 16)
+    monkeypatch.setattr("fastsae_kernels.grouping.kernel._MOST_COLS", 16)
+
+
 def pair_grad(B=20, K=3, F=12, D=33, dtype=torch.float32):
     """Latent 2 on every row, latents 7 to 9 on none."""
     weights = torch.linspace(1, 0.1, F).expand(B, F).clone()
@@ -276,7 +284,26 @@ def test_gradient_norm_matches_the_reference(short_chunks, impl):
         assert found.ndim == 0 and torch.allclose(found.cpu(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", ["scale, fp16 copy", "bf16 moments"])
+@pytest.mark.parametrize("run", [row_adam, lazy_row_adam])
+def test_blocks_of_columns_change_no_bit(short_chunks, request, run, name):
+    grads = [pair_grad(), subset_grad(0, 2, 8)]
+    whole = updated("triton", grads, run, **OPTIONS[name])
+    request.getfixturevalue("narrow_programs")
+    blocks = updated("triton", grads, run, **OPTIONS[name])
+    assert all(torch.equal(a, b) for a, b in zip(blocks, whole, strict=True))
+    assert_close(blocks, updated("reference", grads, run, **OPTIONS[name]))
+
+
+def test_the_gradient_norm_adds_up_over_blocks_of_columns(short_chunks, narrow_programs):
+    device, grads = device_for("triton"), [pair_grad(), subset_grad(0, 2, 8)]
+    here = [moved(grad, device) for grad in grads]
+    found = row_grad_norm(torch.zeros(12, 33, device=device), here, impl="triton")
+    expected = row_grad_norm(torch.zeros(12, 33), grads, impl="reference")
+    assert torch.allclose(found.cpu(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["project", "everything"])
 @pytest.mark.parametrize("run", [row_adam, lazy_row_adam])
 def test_rows_too_wide_for_registers_go_by_blocks(short_chunks, monkeypatch, run, name):
     monkeypatch.setattr("fastsae_kernels.optimizer.kernel.MAX_COLUMNS", 32)

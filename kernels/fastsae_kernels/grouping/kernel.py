@@ -26,7 +26,13 @@ from fastsae_kernels.grouping import row_sum
 CHUNK = 256
 """Pairs that one program adds up."""
 
-_COLS = 2048
+_SLICE_BYTES = 20 << 20
+"""Of the operand, in the columns that programs which run together read: each row is read by tens of
+latents, and the L2 cache of a data-centre GPU holds this much besides what streams through it."""
+
+_LEAST_COLS, _MOST_COLS = 512, 2048
+"""Of a program: fewer do not pay for reading the pairs' numbers, more take too many registers."""
+
 _TILE_LATENTS, _TILE_PAIRS = 64, 16
 
 
@@ -43,7 +49,7 @@ def segment_sum(groups: LatentGroups, coef: Tensor, operand: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     pairs = pair_arguments(groups, coef, operand)
-    cols, warps = _columns(n_cols)
+    cols, warps = _columns(n_cols, column_bytes(operand))
     with device_of(operand):
         _segment_sum_kernel[n_latents, cdiv(n_cols, cols)](
             out, *pairs, D=n_cols, COLS=cols, CHUNK=chunk_of(n_cols), num_warps=warps
@@ -96,7 +102,7 @@ def pair_arguments(groups: LatentGroups, coef: Tensor, operand: Tensor) -> tuple
         return offsets, rows, coef, operand, None
     windows = cdiv(rows.numel(), chunk)
     partials = operand.new_empty(2 * windows, n_cols, dtype=torch.float32)
-    cols, warps = _columns(n_cols)
+    cols, warps = _columns(n_cols, column_bytes(operand))
     with device_of(operand):
         _partial_sums_kernel[2 * windows, cdiv(n_cols, cols)](
             partials,
@@ -113,9 +119,28 @@ def pair_arguments(groups: LatentGroups, coef: Tensor, operand: Tensor) -> tuple
     return offsets, rows, coef, operand, partials
 
 
-def _columns(n_cols: int) -> tuple[int, int]:
+def column_bytes(operand: Tensor) -> int:
+    return len(operand) * operand.element_size()
+
+
+def slice_columns(n_cols: int, column_bytes: int) -> int:
+    """The columns of one program, a power of two, given the bytes of the operand's columns.
+
+    Latents are to be the fast axis of the grid, blocks of columns the slow one. Of the sizes whose
+    slice stays in L2, that with the fewest columns beyond `n_cols`, and the largest of those.
+    """
+    most = min(_MOST_COLS, padded(n_cols))
+    cols = min(_LEAST_COLS, most)
+    sizes = [cols]
+    while 2 * cols <= most and 2 * cols * column_bytes <= _SLICE_BYTES:
+        cols *= 2
+        sizes.append(cols)
+    return min(reversed(sizes), key=lambda cols: cdiv(n_cols, cols) * cols)
+
+
+def _columns(n_cols: int, column_bytes: int) -> tuple[int, int]:
     """The columns of one program and its warps: 8 a thread."""
-    cols = min(_COLS, padded(n_cols))
+    cols = slice_columns(n_cols, column_bytes)
     return cols, max(1, cols // 256)
 
 
@@ -307,6 +332,9 @@ def _segment_total_kernel(
     tl.store(out_ptr + latents, total, mask=live)
 
 
+SPEC_ROWS = 8192
+"""Of the operand, in the configurations that are compiled ahead of time."""
+
 PAIR_POINTERS = {"offsets_ptr": "*i32", "rows_ptr": "*i32", "coef_ptr": "*fp32"}
 
 
@@ -326,9 +354,9 @@ def specs() -> Iterator[Spec]:
         {"out_ptr": "*fp32", "partials_ptr": "*fp32", **total},
         {"CHUNK": CHUNK, "LATENTS": _TILE_LATENTS, "PAIRS": _TILE_PAIRS},
     )
-    for dtype in ("bf16", "fp32", "fp16"):
+    for dtype, n_bytes in (("bf16", 2), ("fp32", 4), ("fp16", 2)):
         for n_cols in (768, 2304, 4096, 100, 65536):
-            cols, warps = _columns(n_cols)
+            cols, warps = _columns(n_cols, SPEC_ROWS * n_bytes)
             pointers = {**PAIR_POINTERS, "operand_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
             sizes = {"D": n_cols, "COLS": cols, "CHUNK": chunk_of(n_cols)}
             default = dtype != "fp16" and n_cols in (768, 2304, 4096)

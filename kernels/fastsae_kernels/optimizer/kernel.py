@@ -1,10 +1,14 @@
-"""The update of a dictionary's rows: one program a row, its gradient summed in registers.
+"""The update of a dictionary's rows, their gradients summed in registers.
+
+A program has a block of a row's columns, and rows are the grid's fast axis: what runs together
+gathers from one slice of the operand, which stays in L2, so that memory streams weight and moments
+alone. Projection and unit norm need sums over a row: there a program has all of its columns.
 
 Traffic a parameter: weight and moments read and written, 24 bytes (16 with bf16 moments), and 2 for
 a bf16 copy, once, besides the gather of the gradient's operand. Temporary memory: the partial sums
 of `grouping/kernel.py`, and what `merge.py` copies if there are several gradients.
 
-Rows of more than `MAX_COLUMNS` columns do not fit into registers. Blocks of them take their
+Whole rows of more than `MAX_COLUMNS` columns do not fit into registers. Blocks of them take their
 gradient from a buffer of `WIDE_BYTES` and are updated by PyTorch, exactly, at several times the
 traffic. A weight without pairs and with one column a row (a bias) goes that way too: a program
 a number would take longer.
@@ -21,11 +25,15 @@ from fastsae_kernels._row_grads import RowGrad
 from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.grouping.kernel import (
     PAIR_POINTERS,
+    SPEC_ROWS,
+    cdiv,
     chunk_of,
+    column_bytes,
     columns_of,
     latent_sum,
     pair_arguments,
     segment_sum,
+    slice_columns,
 )
 from fastsae_kernels.optimizer.merge import MergedGrad, merge, touched_rows
 from fastsae_kernels.optimizer.update import RowState, Rule, step_tensor, update_rows
@@ -33,12 +41,10 @@ from fastsae_kernels.optimizer.update import RowState, Rule, step_tensor, update
 MAX_COLUMNS = 8192
 WIDE_BYTES = 64 << 20
 
-_NORM_COLS = 2048
-
 
 def row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
     merged = merge(grads, len(state.weight))
-    if _by_blocks(state.weight, merged):
+    if _by_blocks(state.weight, merged, rule):
         _update_blocks(state, merged, rule, None)
     else:
         _update(state, merged, rule, lazy=False)
@@ -46,7 +52,7 @@ def row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
 
 def lazy_row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
     merged = merge(grads, len(state.weight))
-    if _by_blocks(state.weight, merged):
+    if _by_blocks(state.weight, merged, rule):
         _update_blocks(state, merged, rule, touched_rows(grads, len(state.weight)))
     else:
         _update(state, merged, rule, lazy=True)
@@ -58,10 +64,11 @@ def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
         values = weight.new_zeros(()) if merged.values is None else merged.values
         return torch.linalg.vector_norm(values, dtype=torch.float32)
     n_rows, n_cols = weight.shape
-    squares = weight.new_empty(n_rows, dtype=torch.float32)
-    cols = min(_NORM_COLS, padded(n_cols))
+    cols = slice_columns(n_cols, column_bytes(merged.pairs.operand))
+    blocks = cdiv(n_cols, cols)
+    squares = weight.new_empty(blocks, n_rows, dtype=torch.float32)
     with device_of(weight):
-        _row_squares_kernel[n_rows,](
+        _row_squares_kernel[n_rows, blocks](
             squares,
             *_gradient_arguments(merged),
             D=n_cols,
@@ -72,18 +79,20 @@ def row_grad_norm(weight: Tensor, grads: Sequence[RowGrad]) -> Tensor:
     return squares.sum().sqrt()
 
 
-def _by_blocks(weight: Tensor, merged: MergedGrad) -> bool:
-    return weight.shape[1] > MAX_COLUMNS or (weight.shape[1] == 1 and merged.pairs is None)
+def _by_blocks(weight: Tensor, merged: MergedGrad, rule: Rule) -> bool:
+    too_wide = weight.shape[1] > MAX_COLUMNS and (rule.project or rule.renormalise)
+    return too_wide or (weight.shape[1] == 1 and merged.pairs is None)
 
 
 def _update(state: RowState, merged: MergedGrad, rule: Rule, lazy: bool) -> None:
     n_rows, n_cols = state.weight.shape
     if state.weight.numel() == 0:
         return
-    cols, warps, registers = _row_shape(n_cols)
+    operand_bytes = 0 if merged.pairs is None else column_bytes(merged.pairs.operand)
+    cols, warps, registers = _shape(n_cols, operand_bytes, rule.project or rule.renormalise)
     limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
     with device_of(state.weight):
-        _row_adam_kernel[n_rows,](
+        _row_adam_kernel[n_rows, cdiv(n_cols, cols)](
             *state,
             *_gradient_arguments(merged),
             None if rule.grad_scale is None else rule.grad_scale.to(state.weight.device),
@@ -152,19 +161,21 @@ def _gradient_arguments(merged: MergedGrad) -> tuple[Any, ...]:
     return *pair_arguments(pairs.groups, pairs.coef, pairs.operand), values, table
 
 
-def _row_shape(n_cols: int) -> tuple[int, int, int | None]:
-    """The columns of a row's program, its warps, and the registers of a thread.
+def _shape(n_cols: int, column_bytes: int, whole: bool) -> tuple[int, int, int | None]:
+    """The columns of a program, its warps, and the registers of a thread.
 
-    Each thread has twelve columns at least: they share its addresses and masks, so that more rows
-    are in flight on a multiprocessor. By registers compiled for sm_90 these are 90 KB of loads at
-    D = 768, 81 at 2,304, 96 at 4,096; with twice as many warps 72, 54 and 48.
+    A thread has eight columns of a block at least, twelve of a whole row: they share its addresses
+    and masks, so that more programs are in flight on a multiprocessor. By registers compiled for
+    sm_90 these are 90 KB of weights and moments at D = 768, 86 at 2,304, 108 at 4,096, besides the
+    gather, and of whole rows 81 and 96 at the latter.
     """
-    warps = 16
-    while warps > 1 and n_cols < 12 * 32 * warps:
+    cols = padded(n_cols) if whole else slice_columns(n_cols, column_bytes)
+    mine, least, warps = min(n_cols, cols), 12 if whole else 8, 16
+    while warps > 1 and mine < least * 32 * warps:
         warps //= 2
     # Two programs of 256 threads fit either way; unbounded, ptxas may spill to make it three.
-    registers = 128 if warps == 8 and n_cols <= 4096 else None
-    return padded(n_cols), warps, registers
+    registers = 128 if whole and warps == 8 and n_cols <= 4096 else None
+    return cols, warps, registers
 
 
 @jit
@@ -256,7 +267,7 @@ def _row_adam_kernel(
             touched |= tl.load(table_ptr + row) >= 0
         if not touched:
             return
-    columns = columns_of(0, COLS)
+    columns = columns_of(tl.program_id(1), COLS)
     inside = columns < D
     place = row.to(tl.int64) * D + columns
     # Asked for before the gradient, whose chain of loads (offsets, rows, operand) hides them.
@@ -318,24 +329,22 @@ def _row_squares_kernel(
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    total = tl.zeros([COLS], tl.float32)
-    for block in range(0, tl.cdiv(D, COLS)):
-        g = _gradient(
-            row,
-            offsets_ptr,
-            rows_ptr,
-            coef_ptr,
-            operand_ptr,
-            partials_ptr,
-            values_ptr,
-            table_ptr,
-            columns_of(block, COLS),
-            D,
-            CHUNK,
-        )
-        total += g * g
-    tl.store(squares_ptr + row, tl.sum(total, 0))
+    row, block = tl.program_id(0), tl.program_id(1)
+    g = _gradient(
+        row,
+        offsets_ptr,
+        rows_ptr,
+        coef_ptr,
+        operand_ptr,
+        partials_ptr,
+        values_ptr,
+        table_ptr,
+        columns_of(block, COLS),
+        D,
+        CHUNK,
+    )
+    place = block.to(tl.int64) * tl.num_programs(0) + row
+    tl.store(squares_ptr + place, tl.sum(g * g, 0))
 
 
 def specs() -> Iterator[Spec]:
@@ -357,12 +366,15 @@ def specs() -> Iterator[Spec]:
         "lazy dense": ({**pairs, "values_ptr": "*fp32"}, {"LAZY": True}),
         "no pairs": (subset, {}),
     }
-    for dtype in ("bf16", "fp32", "fp16"):
+    for dtype, n_bytes in (("bf16", 2), ("fp32", 4), ("fp16", 2)):
+        operand_bytes = SPEC_ROWS * n_bytes
         for n_cols in (768, 2304, 4096, 8192, 100):
-            cols, warps, registers = _row_shape(n_cols)
-            sizes = {"D": n_cols, "COLS": cols, "CHUNK": chunk_of(n_cols)}
+            sizes = {"D": n_cols, "CHUNK": chunk_of(n_cols)}
             default = dtype != "fp16" and n_cols in (768, 2304, 4096)
             for name, (pointers, flags) in {**usual, **unusual}.items():
+                column_bytes = operand_bytes if "rows_ptr" in pointers else 0
+                whole = flags.get("PROJECT", False)
+                cols, warps, registers = _shape(n_cols, column_bytes, whole)
                 present = {
                     **dict.fromkeys(("weight_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32"),
                     **pointers,
@@ -380,13 +392,14 @@ def specs() -> Iterator[Spec]:
                     {
                         **dict.fromkeys({*pairs, *subset, "operand_ptr"} - present.keys()),
                         **sizes,
+                        "COLS": cols,
                         **{"PROJECT": False, "RENORMALISE": False, "LAZY": False, **flags},
                     },
                     num_warps=warps,
                     max_registers=registers,
                     default=default and (name in usual or (dtype, n_cols) == ("bf16", 2304)),
                 )
-            cols = min(_NORM_COLS, cols)
+            cols = slice_columns(n_cols, operand_bytes)
             yield Spec(
                 f"row_squares {dtype} D={n_cols}",
                 _row_squares_kernel,
