@@ -11,8 +11,8 @@ GPU; what is timed has it to itself. Each part is a process of its own: one that
 longer than its budget, is reported and the next one goes on. Exit status 0 if nothing failed.
 
 Needs torch, triton, numpy, safetensors, pytest and hypothesis; where nothing is installed, start it
-with PYTHONPATH=kernels from the root of the repository. Where there is no git, the variable COMMIT
-names the commit in the rows.
+with PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names
+the commit in the rows, where the tree is a copy without its history.
 """
 
 import argparse

@@ -23,9 +23,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         **{name: _version(name) for name in PACKAGES},
-        # A machine that was handed a copy of the tree may have neither git nor the history.
-        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
@@ -39,6 +37,14 @@ def append(file: str | Path, rows: list[dict[str, Any]]) -> Path:
         for row in rows:
             out.write(json.dumps(row | here) + "\n")
     return path
+
+
+def _commit() -> dict[str, Any]:
+    # A machine that was handed a copy of the tree may have no git, or another history.
+    if "COMMIT" in os.environ:
+        return {"commit": os.environ["COMMIT"], "dirty": False}
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": _git("rev-parse", "--short", "HEAD") or "unknown", "dirty": dirty}
 
 
 def _device() -> str:
