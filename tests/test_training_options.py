@@ -132,6 +132,7 @@ def test_b_dec_starts_where_it_is_told(start):
 def test_a_run_goes_on_from_a_trained_sae(scaling):
     first = Trainer(config(sae=topk_config(normalize_activations=scaling)), device="cpu")
     sae = train(first)
+    assert sae is not None
     second = Trainer(
         config(sae=topk_config(normalize_activations=scaling)), device="cpu", start=sae
     )

@@ -36,6 +36,7 @@ _MODULES = {
         "TrainStepOutput",
         "TrainingSAE",
     ],
+    "upload": ["upload_saes_to_huggingface"],
 }
 _HOME = {name: f"fastsae.sae_lens.{module}" for module, names in _MODULES.items() for name in names}
 

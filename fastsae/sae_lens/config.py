@@ -8,7 +8,7 @@ from typing import Any
 from fastsae.sae_lens import flat_config
 from fastsae.sae_lens.tokens import Separator
 from fastsae.sae_lens.training_saes import CONFIGS
-from fastsae.saes import SAEConfig
+from fastsae.saes import LegacyStandardConfig, SAEConfig
 from fastsae.training.centre import Centre
 from fastsae.training.schedule import Schedule
 
@@ -106,10 +106,13 @@ class RunnerFields:
     n_batches_for_norm_estimate: int = 1000
     b_dec_init: Centre = "zeros"
     """Where b_dec starts: not in SAELens, whose SAEs start at 0 since version 6."""
+    unit_norm_decoder: bool = False
+    """Keep the decoder's rows at norm 1: not in SAELens since version 6."""
 
 
 TODAY = tuple(f.name for f in fields(RunnerFields))
 WRITTEN_BY_SAE_LENS = ("sae_lens_version", "sae_lens_training_version", "tokens_per_buffer")
+OTHER_NAMES = {"finetune_from": "from_pretrained_path"}
 
 
 class LanguageModelSAERunnerConfig(RunnerFields):
@@ -129,14 +132,13 @@ class LanguageModelSAERunnerConfig(RunnerFields):
     def __init__(self, sae: SAEConfig | None = None, **given: Any) -> None:
         for name in WRITTEN_BY_SAE_LENS:
             given.pop(name, None)
+        given = {OTHER_NAMES.get(name, name): value for name, value in given.items()}
         flat_config.refuse_unknown(given, TODAY)
         flat = [name for name in given if name in flat_config.KNOWN]
-        self.unit_norm_decoder = False
         if sae is None:
             logger = given.pop("logger", None)
             made = flat_config.nested(given)
             given = {**made.fields, "logger": logger or LoggingConfig(**made.logger)}
-            self.unit_norm_decoder = made.unit_norm_decoder
         elif flat:
             raise TypeError(
                 f"{flat[0]} must not be given beside sae, got both; it belongs in the SAE's "
@@ -164,8 +166,13 @@ class LanguageModelSAERunnerConfig(RunnerFields):
             )
         if self.use_cached_activations or self.cached_activations_path is not None:
             raise ValueError(
-                "use_cached_activations must be False: activations on disk are trained on with "
-                "`fastsae train --activations FOLDER`, see docs/activations.md"
+                "use_cached_activations must be False: read the rows [N, D] and train on them with "
+                "fastsae.Trainer(cfg).fit(fastsae.ShuffledRows(rows, batch_size).from_step(0))"
+            )
+        if self.model_kwargs:
+            raise ValueError(
+                f"model_kwargs must be empty, got {self.model_kwargs}; pass a model that runs as it "
+                "should as override_model"
             )
         self.sae.check_trainable()
 
@@ -207,10 +214,11 @@ class LanguageModelSAERunnerConfig(RunnerFields):
         values = dict(values)
         sae = dict(values.pop("sae"))
         architecture = sae.pop("architecture", None)
-        if architecture not in CONFIGS:
+        kinds = {**CONFIGS, LegacyStandardConfig.architecture: LegacyStandardConfig}
+        if architecture not in kinds:
             raise ValueError(
-                f"sae must have an architecture of {list(CONFIGS)}, got {architecture!r}"
+                f"sae must have an architecture of {list(kinds)}, got {architecture!r}"
             )
         values["logger"] = LoggingConfig(**values.get("logger", {}))
         values["seqpos_slice"] = tuple(values.get("seqpos_slice", (None,)))
-        return cls(CONFIGS[architecture].from_dict(sae), **values)
+        return cls(kinds[architecture].from_dict(sae), **values)

@@ -5,16 +5,10 @@ given take the defaults of their time.
 """
 
 import difflib
-import logging
-import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-from fastsae.sae_lens.training_saes import CONFIGS
-from fastsae.saes import LegacyStandardConfig, SAEConfig
-
-_log = logging.getLogger(__name__)
+from fastsae.sae_lens.flat_sae import flat_sae
 
 RENAMED = {
     "hook_point": "hook_name",
@@ -48,33 +42,43 @@ SAE_FIELDS = (
     "jumprelu_bandwidth",
 )
 """Their meaning is that of the field of this name today, where the architecture has it."""
-OPTIONS = (
+SAE_OPTIONS = (
     "activation_fn",
     "activation_fn_kwargs",
     "activation_fn_str",
     "architecture",
-    "b_dec_init_method",
     "d_in",
     "d_sae",
+    "decoder_heuristic_init_norm",
+    "expansion_factor",
+    "normalize_activations",
+    "scale_sparsity_penalty_by_decoder_norm",
+)
+"""What they mean together is in `flat_sae`."""
+OPTIONS = (
+    "b_dec_init_method",
     "decoder_heuristic_init",
     "decoder_orthogonal_init",
-    "expansion_factor",
     "finetuning_method",
     "finetuning_tokens",
     "hook_layer",
     "hook_point_layer",
     "init_encoder_as_decoder_transpose",
     "noise_scale",
-    "normalize_activations",
     "normalize_sae_decoder",
     "resume",
-    "scale_sparsity_penalty_by_decoder_norm",
 )
 """Read one by one below."""
-ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
+GONE = {
+    "resume": "pass resume_from_checkpoint=FOLDER",
+    "finetuning_tokens": "train once more with from_pretrained_path=FOLDER",
+    "finetuning_method": "train once more with from_pretrained_path=FOLDER",
+    "noise_scale": "leave it out: a JumpReLU SAE does what noise on the pre-activations was for",
+    "decoder_orthogonal_init": "leave it out: rows start as random directions",
+}
 THEIR_DEFAULTS: Mapping[str, Any] = {"adam_beta1": 0.0}
 """Of a flat configuration, where they are not today's."""
-KNOWN = (*RENAMED, *LOGGER, *SAE_FIELDS, *OPTIONS)
+KNOWN = (*RENAMED, *LOGGER, *SAE_FIELDS, *SAE_OPTIONS, *OPTIONS)
 
 
 class Nested(NamedTuple):
@@ -83,8 +87,6 @@ class Nested(NamedTuple):
     fields: dict[str, Any]
     """Of the runner, `sae` among them."""
     logger: dict[str, Any]
-    unit_norm_decoder: bool
-    """Whether decoder rows are kept on the sphere."""
 
 
 def nested(given: Mapping[str, Any]) -> Nested:
@@ -96,15 +98,17 @@ def nested(given: Mapping[str, Any]) -> Nested:
     values = {RENAMED.get(name, name): value for name, value in given.items()}
     logger = {name: values.pop(name) for name in LOGGER if name in values}
     options = {name: values.pop(name) for name in OPTIONS if name in values}
+    sae_options = {name: values.pop(name) for name in SAE_OPTIONS if name in values}
     sae_fields = {name: values.pop(name) for name in SAE_FIELDS if name in values}
     _refuse_what_is_gone(options)
+    _refuse_free_norms(options, sae_options)
+    _place_layer(options, values)
     if "n_batches_in_buffer" in values:  # batches of prompts then, contexts now
         values["n_batches_in_buffer"] *= values.get("store_batch_size_prompts", 32)
-    sae = _sae(options, sae_fields, values.get("dtype", "float32"))
-    _check_layer(options, values)
-    values = {**THEIR_DEFAULTS, "b_dec_init": _b_dec_init(options), **values, "sae": sae}
-    legacy = isinstance(sae, LegacyStandardConfig)
-    return Nested(values, logger, legacy and options.get("normalize_sae_decoder", True))
+    unit_rows = options.get("normalize_sae_decoder", True)
+    sae = flat_sae(sae_options, sae_fields, values.get("dtype", "float32"), unit_rows)
+    ours = {"unit_norm_decoder": unit_rows, "b_dec_init": _b_dec_init(options), "sae": sae}
+    return Nested({**THEIR_DEFAULTS, **values, **ours}, logger)
 
 
 def refuse_unknown(names: Iterable[str], today: tuple[str, ...]) -> None:
@@ -117,59 +121,9 @@ def refuse_unknown(names: Iterable[str], today: tuple[str, ...]) -> None:
             )
 
 
-def _sae(options: dict[str, Any], given: dict[str, Any], dtype: str) -> SAEConfig:
-    architecture = options.get("architecture", "standard")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {list(ARCHITECTURES)}, got {architecture!r}")
-    activation = options.get("activation_fn") or options.get("activation_fn_str") or "relu"
-    kwargs = options.get("activation_fn_kwargs") or {}
-    if activation == "topk":
-        architecture = "topk"
-    d_in = options.get("d_in")
-    if d_in is None:
-        raise ValueError("d_in must be the width of the activations at hook_name, got None")
-    d_sae, factor = options.get("d_sae"), options.get("expansion_factor")
-    if d_sae is not None and factor is not None and d_sae != factor * d_in:
-        raise ValueError(
-            f"d_sae must be expansion_factor * d_in = {factor * d_in} or alone, got {d_sae}"
-        )
-    shape = {
-        "d_in": d_in,
-        "d_sae": d_sae or (factor or 4) * d_in,
-        "dtype": dtype.removeprefix("torch."),
-        "normalize_activations": _normalization(options.get("normalize_activations")),
-    }
-    if architecture == "topk":
-        k = kwargs.get("k")
-        if k is None:
-            raise ValueError("activation_fn_kwargs must hold k for a TopK SAE, got none")
-        shape["k"] = k
-    kind = LegacyStandardConfig if architecture == "standard" else CONFIGS[architecture]
-    if architecture == "jumprelu" and "l1_coefficient" in given:
-        given = {**given, "l0_coefficient": given.pop("l1_coefficient")}
-        given["l0_warm_up_steps"] = given.pop("l1_warm_up_steps", 0)
-    known = {f.name for f in fields(kind)}
-    unused = [name for name in given if name not in known and given[name] not in (None, False)]
-    if architecture == "topk":  # L1 never was part of a TopK run
-        unused = [name for name in unused if name not in ("l1_coefficient", "l1_warm_up_steps")]
-        unused = [name for name in unused if name != "lp_norm"]
-    if unused:
-        raise ValueError(f"{unused[0]} must not be given for the architecture {architecture!r}")
-    cfg = kind(**{**shape, **{k: v for k, v in given.items() if k in known and v is not None}})
-    if isinstance(cfg, LegacyStandardConfig):
-        _log.warning(
-            "l1_coefficient=%g with a squared error averaged over d_in = %d is l1_coefficient=%g "
-            "in StandardTrainingSAEConfig, whose squared error is summed",
-            cfg.l1_coefficient,
-            d_in,
-            cfg.equivalent_l1_coefficient,
-        )
-    return cfg
-
-
-def _b_dec_init(given: Mapping[str, Any]) -> str:
+def _b_dec_init(options: Mapping[str, Any]) -> str:
     """Where b_dec starts, under a flat configuration."""
-    method = given.get("b_dec_init_method", "geometric_median")
+    method = options.get("b_dec_init_method", "geometric_median")
     if method not in ("geometric_median", "mean", "zeros"):
         raise ValueError(
             f"b_dec_init_method must be 'geometric_median', 'mean' or 'zeros', got {method!r}"
@@ -177,21 +131,8 @@ def _b_dec_init(given: Mapping[str, Any]) -> str:
     return method
 
 
-def _normalization(value: Any) -> str:
-    if value in (None, False, "none"):
-        return "none"
-    return "expected_average_only_in" if value is True else value
-
-
 def _refuse_what_is_gone(options: Mapping[str, Any]) -> None:
-    gone = {
-        "resume": "pass resume_from_checkpoint=FOLDER",
-        "finetuning_tokens": "train once more with from_pretrained_path=FOLDER",
-        "finetuning_method": "train once more with from_pretrained_path=FOLDER",
-        "noise_scale": "leave it out: noise on the pre-activations is of no use since JumpReLU",
-        "decoder_orthogonal_init": "leave it out: rows start as random directions",
-    }
-    for name, way in gone.items():
+    for name, way in GONE.items():
         if options.get(name):
             raise ValueError(f"{name} is no longer part of training, got {options[name]!r}; {way}")
     if options.get("init_encoder_as_decoder_transpose") is False:
@@ -199,18 +140,25 @@ def _refuse_what_is_gone(options: Mapping[str, Any]) -> None:
             "init_encoder_as_decoder_transpose must be True or left out, got False: every encoder "
             "starts as its decoder's transpose today"
         )
-    weighed = options.get("scale_sparsity_penalty_by_decoder_norm")
-    if options.get("normalize_sae_decoder") is False and not weighed:
+
+
+def _refuse_free_norms(options: Mapping[str, Any], sae_options: Mapping[str, Any]) -> None:
+    weighed = sae_options.get("scale_sparsity_penalty_by_decoder_norm", False)
+    penalised = sae_options.get("architecture", "standard") in ("standard", "gated")
+    if penalised and options.get("normalize_sae_decoder") is False and not weighed:
         raise ValueError(
             "scale_sparsity_penalty_by_decoder_norm must be True where normalize_sae_decoder is "
             f"False, got {weighed}: free decoder norms would undo the penalty"
         )
-    if options.get("decoder_heuristic_init"):
-        warnings.warn("decoder_heuristic_init is how every run starts today", stacklevel=4)
 
 
-def _check_layer(options: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def _place_layer(options: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Put the layer into a hook name with a place for it; check one that has its own."""
     layer = options.get("hook_layer", options.get("hook_point_layer"))
     hook = str(values.get("hook_name", ""))
-    if layer is not None and hook.startswith("blocks.") and int(hook.split(".")[1]) != layer:
+    if "{layer}" in hook:
+        if layer is None:
+            raise ValueError(f"hook_layer must be given for hook_name={hook!r}, got None")
+        values["hook_name"] = hook.format(layer=layer)
+    elif layer is not None and hook.startswith("blocks.") and int(hook.split(".")[1]) != layer:
         raise ValueError(f"hook_layer must be the layer of hook_name, {hook}, got {layer}")

@@ -45,6 +45,11 @@ class LegacyStandardSAE(StandardSAE):
     config_class = LegacyStandardConfig
     cfg: LegacyStandardConfig
 
+    def __init__(self, cfg: LegacyStandardConfig, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(cfg, device=device)
+        # Half of the latents fire at first: with encoder rows of this norm x_hat starts near x.
+        self.W_enc.data.mul_(min(1.0, 2 * cfg.d_in / cfg.d_sae))
+
     def loss(
         self, x: Float[Tensor, "B D"], dead: Bool[Tensor, " F"] | None = None, step: int = 0
     ) -> SAELoss:
