@@ -10,14 +10,7 @@ from torch import Tensor
 from fastsae.data import capture, d_at, resolve_hook
 from fastsae.interop.transformer_lens import as_language_model
 from fastsae.sae_lens.mixing_buffer import MixingBuffer
-from fastsae.sae_lens.tokens import (
-    Separator,
-    contexts_of,
-    is_tokenized,
-    rows_of,
-    sequences_of,
-    special_id,
-)
+from fastsae.sae_lens.tokens import Separator, contexts_in, rows_of, special_id
 
 
 class ActivationsStore:
@@ -241,28 +234,15 @@ class ActivationsStore:
         return ~torch.isin(tokens, self.excluded.to(tokens.device))
 
     def _read(self) -> Iterator[list[int]]:
-        rows = self.dataset
-        tokenizer: Any = self.lm.tokenizer
-        sequences = sequences_of(rows, tokenizer, self.use_chat_formatting)
-        if not self.use_chat_formatting and is_tokenized(next(iter(rows), {})):
-            yield from self._cut(sequences)
-            return
-        yield from contexts_of(
-            sequences,
+        return contexts_in(
+            self.dataset,
+            self.lm.tokenizer,
             self.context_size,
-            bos=tokenizer.bos_token_id if self.prepend_bos else None,
+            prepend_bos=self.prepend_bos,
             separator=self.separator,
             concatenate=not self.disable_concat_sequences,
+            chat=self.use_chat_formatting,
         )
-
-    def _cut(self, sequences: Iterator[list[int]]) -> Iterator[list[int]]:
-        for tokens in sequences:
-            if len(tokens) < self.context_size:
-                raise ValueError(
-                    "dataset must hold contexts of at least context_size = "
-                    f"{self.context_size} tokens, got {len(tokens)}"
-                )
-            yield tokens[: self.context_size]
 
     def _filtered_activations(self) -> Iterator[Float[Tensor, "N D"]]:
         where = torch.tensor(list(self.positions))

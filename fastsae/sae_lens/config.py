@@ -171,8 +171,8 @@ class LanguageModelSAERunnerConfig(RunnerFields):
             )
         if self.model_kwargs:
             raise ValueError(
-                f"model_kwargs must be empty, got {self.model_kwargs}; pass a model that runs as it "
-                "should as override_model"
+                f"model_kwargs must be empty, got {self.model_kwargs}; pass a model that runs as "
+                "it should as override_model"
             )
         self.sae.check_trainable()
 

@@ -44,7 +44,7 @@ def flat_sae(
     if unit_norm_decoder or norm is not None:
         shape["decoder_init_norm"] = 1.0 if unit_norm_decoder else norm
     stated = {name: value for name, value in given.items() if value is not None}
-    coefficient = stated.pop("l1_coefficient", THEIR_L1_COEFFICIENT)
+    coefficient = float(stated.pop("l1_coefficient", THEIR_L1_COEFFICIENT))
     if architecture == "standard":
         return _standard(shape, coefficient, stated, options)
     if architecture == "gated":

@@ -61,6 +61,39 @@ def sequences_of(
             yield from encoded["input_ids"]
 
 
+def contexts_in(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    context_size: int,
+    *,
+    prepend_bos: bool,
+    separator: int | None,
+    concatenate: bool,
+    chat: bool,
+) -> Iterator[list[int]]:
+    """Contexts of `context_size` tokens; rows that hold tokens are contexts, cut to that size.
+
+    Raises:
+        ValueError: a row holds fewer tokens, or there is no tokenizer for its text.
+    """
+    sequences = sequences_of(rows, tokenizer, chat)
+    if chat or not is_tokenized(next(iter(rows), {})):
+        if tokenizer is None:
+            raise ValueError("dataset must hold tokens for a model without a tokenizer, got text")
+        bos = tokenizer.bos_token_id if prepend_bos else None
+        yield from contexts_of(
+            sequences, context_size, bos=bos, separator=separator, concatenate=concatenate
+        )
+        return
+    for tokens in sequences:
+        if len(tokens) < context_size:
+            raise ValueError(
+                f"dataset must hold contexts of at least context_size = {context_size} tokens, "
+                f"got {len(tokens)}"
+            )
+        yield tokens[:context_size]
+
+
 def contexts_of(
     sequences: Iterable[list[int]],
     context_size: int,
@@ -107,7 +140,7 @@ def special_id(token: Separator, tokenizer: Any) -> int | None:
         raise ValueError(
             f"sequence_separator_token must be 'bos', 'eos', 'sep', an id or None, got {token!r}"
         )
-    return getattr(tokenizer, f"{token}_token_id")
+    return None if tokenizer is None else getattr(tokenizer, f"{token}_token_id")
 
 
 def is_tokenized(row: dict[str, Any]) -> bool:
