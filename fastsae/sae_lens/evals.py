@@ -84,7 +84,6 @@ def run_evals(
     metrics: dict[str, dict[str, Any]] = {}
     if cfg.compute_kl or cfg.compute_ce_loss:
         metrics |= evaluation.spliced()
-        activation_store.reset_input_dataset()
     rows, per_latent = evaluation.reconstruction()
     metrics |= rows
     if cfg.compute_featurewise_weight_based_metrics:
