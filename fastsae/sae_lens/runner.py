@@ -200,7 +200,8 @@ class LanguageModelSAETrainingRunner:
 
     def _sample_size(self) -> int:
         needed = self.cfg.b_dec_init != "zeros" or self.cfg.sae.normalize_activations != "none"
-        most = min(self.cfg.n_batches_for_norm_estimate, SAMPLE_BATCHES)
+        steps = self.trainer.cfg.total_steps
+        most = min(self.cfg.n_batches_for_norm_estimate, SAMPLE_BATCHES, steps)
         return max(1, most) if needed else 1
 
     def _batches(self) -> Iterator[Tensor]:

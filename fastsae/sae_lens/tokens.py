@@ -12,7 +12,7 @@ Separator = int | Literal["bos", "eos", "sep"] | None
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
 CHAT_COLUMNS = ("conversation", "conversations", "messages")
-BLOCK_ROWS = 64
+BLOCK_ROWS = 8
 
 
 def rows_of(dataset: Any, streaming: bool = True) -> Iterable[dict[str, Any]]:
