@@ -25,7 +25,7 @@ def make(architecture, **fields):
     torch.manual_seed(0)
     config = fastsae.SAES[architecture].config_class
     sae = fastsae.SAES[architecture](
-        config(d_in=D, d_sae=F, metadata={"hook_name": HOOK, "model_name": "tiny"}, **fields)
+        config(d_sae=F, metadata={"hook_name": HOOK, "model_name": "tiny"}, **{"d_in": D, **fields})
     )
     with torch.no_grad():
         for name, value in sae.state_dict().items():
@@ -114,6 +114,30 @@ def test_every_figure_is_sae_lenss(architecture, fields, ignored, hooked_transfo
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6, equal_nan=True), name
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head", [None, 1])
+def test_heads_are_sae_lenss(head, hooked_transformer, tmp_path):
+    import sae_lens
+    from sae_lens.evals import get_eval_everything_config as everything
+    from sae_lens.evals import run_evals as their_run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    hook = "blocks.1.attn.hook_z"
+    width, reshape = (D, "hook_z") if head is None else (D // 2, "none")
+    sae = make("topk", k=5, d_in=width, reshape_activations=reshape)
+    sae.cfg.metadata.update(hook_name=hook, hook_head_index=head)
+    sae.save_model(tmp_path)
+    ours, theirs = stores(hooked_transformer, hook_name=hook, hook_head_index=head, d_in=width)
+    loaded = sae_lens.SAE.load_from_disk(tmp_path)
+    wanted, _ = their_run_evals(
+        loaded, theirs, hooked_transformer, ActivationScaler(), everything(N, 2, 2), {}, False
+    )
+    config = get_eval_everything_config(N, 2, 2)
+    found, _ = run_evals(sae, ours, eval_config=config, exclude_special_tokens=False)
+    for group, values in wanted.items():  # a score of a small effect: rounding of the losses counts
+        assert found[group] == pytest.approx(values, rel=1e-3), group
+
+
 def tiny_store():
     return ActivationsStore(
         tiny_llama(), dataset(), hook_name=HOOK, context_size=L, store_batch_size_prompts=N
@@ -155,6 +179,3 @@ def test_what_it_cannot_do_says_so():
     scaler = type("Scaler", (), {"scaling_factor": 2.0})()
     with pytest.raises(ValueError, match="activation_scaler must be None: fold"):
         run_evals(sae, tiny_store(), activation_scaler=scaler)
-    sae.cfg.metadata["hook_head_index"] = 1
-    with pytest.raises(ValueError, match="must not have a hook_head_index"):
-        run_evals(sae, tiny_store())

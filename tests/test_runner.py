@@ -156,6 +156,16 @@ def test_the_flat_topk(tmp_path, lm):
     assert trainer.metrics["l0"] == 3 and sae.encode(torch.randn(1, D)).count_nonzero() <= 3
 
 
+def test_heads_all_or_one(tmp_path, lm):
+    hook = {"hook_name": "blocks.0.attn.hook_z"}
+    whole = runner(config(tmp_path / "all", **hook), lm).run()
+    assert whole.cfg.reshape_activations == "hook_z"
+    assert whole(torch.randn(3, 2, D // 2)).shape == (3, 2, D // 2)
+    one = TopKTrainingSAEConfig(d_in=D // 2, d_sae=F, k=4)
+    made = runner(config(tmp_path / "one", one, hook_head_index=1, **hook), lm).run()
+    assert made.cfg.reshape_activations == "none" and made(torch.randn(3, 8)).shape == (3, 8)
+
+
 def test_the_same_seed_gives_the_same_bits(tmp_path, lm):
     one, two, other = (
         runner(config(tmp_path / str(n), seed=seed), lm).run() for n, seed in enumerate((1, 1, 2))

@@ -1,7 +1,8 @@
 """`run_evals`: SAELens's report on an SAE, number by number."""
 
+import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,15 +68,14 @@ def run_evals(
     The sums run over contexts of the store in float64. `model` is the store's when None. Special
     tokens, all of the tokenizer's or those given, keep their activation where the SAE is spliced
     in and are left out of every mean; zero-ablation is of all positions. The SAE takes activations
-    as they are: `activation_scaler` must be folded into it (`Trainer.export` does).
+    as they are: `activation_scaler` must be folded into it (`Trainer.export` does). With a
+    `hook_head_index` in its metadata it is of that head, and zeros take the head's place alone.
 
     Raises:
-        ValueError: a scale that is not folded, or a head index, which SAEs here flatten.
+        ValueError: a scale that is not folded.
     """
     if getattr(activation_scaler, "scaling_factor", None) is not None:
         raise ValueError("activation_scaler must be None: fold its scale into the SAE first")
-    if sae.cfg.metadata.get("hook_head_index") is not None:
-        raise ValueError("sae must not have a hook_head_index to be evaluated by run_evals")
     cfg = eval_config or EvalConfig()
     lm = activation_store.lm if model is None else as_language_model(model)
     ids = lm.tokenizer.all_special_ids if exclude_special_tokens is True else exclude_special_tokens
@@ -107,6 +107,15 @@ def weight_metrics(sae: SAE) -> dict[str, list[float]]:
     return found | ({"encoder_bias": sae.b_enc.tolist()} if hasattr(sae, "b_enc") else {})
 
 
+def of_flat_rows(sae: SAE) -> SAE:
+    """The same SAE on rows whose heads are flattened already."""
+    if sae.cfg.reshape_activations == "none":
+        return sae
+    flat = copy.copy(sae)
+    flat.cfg, flat._heads = replace(sae.cfg, reshape_activations="none"), None
+    return flat
+
+
 class _Evaluation:
     def __init__(
         self,
@@ -116,8 +125,10 @@ class _Evaluation:
         ignored: Int[Tensor, " n"],
         cfg: EvalConfig,
     ) -> None:
-        self.sae, self.store, self.lm, self.ignored, self.cfg = sae, store, lm, ignored, cfg
+        self.sae, self.store, self.lm = of_flat_rows(sae), store, lm
+        self.ignored, self.cfg = ignored, cfg
         self.hook = resolve_hook(lm, sae.cfg.metadata["hook_name"])
+        self.head = sae.cfg.metadata.get("hook_head_index")
 
     def spliced(self) -> dict[str, dict[str, float]]:
         """What splicing the SAE in, or zeros, costs the model."""
@@ -128,7 +139,7 @@ class _Evaluation:
             clean = self._logits(tokens)
             with splice(self.lm, self.hook, lambda x, keep=keep: self._reconstruct(x, keep)):
                 logits = self._logits(tokens)
-            with splice(self.lm, self.hook, torch.zeros_like):
+            with splice(self.lm, self.hook, lambda x: self._put(x, torch.zeros_like(self._of(x)))):
                 zeros = self._logits(tokens)
             self._add(sums, "ce_loss_without_sae", _ce(clean, tokens), keep[:, :-1])
             self._add(sums, "ce_loss_with_sae", _ce(logits, tokens), keep[:, :-1])
@@ -169,7 +180,7 @@ class _Evaluation:
         for _ in range(cfg.n_eval_sparsity_variance_batches):
             tokens = self.store.get_batch_tokens(cfg.batch_size_prompts)
             keep = self._keep(tokens)
-            x = capture(self.lm, self.hook, tokens)[keep].to(sae.device, sae.dtype)
+            x = self._of(capture(self.lm, self.hook, tokens))[keep].to(sae.device, sae.dtype)
             code = sae.encode_sparse(x)
             x_hat = sae.decode(code).reshape(x.shape)
             metrics.update(x, x_hat, code.indices, code.acts)
@@ -216,8 +227,21 @@ class _Evaluation:
         return self.lm.model(input_ids=tokens, use_cache=False).logits.float()
 
     def _reconstruct(self, x: Tensor, keep: Tensor) -> Tensor:
-        x_hat = self.sae(x.to(self.sae.device)).to(x)
-        return torch.where(keep.unsqueeze(-1), x_hat, x)
+        x_hat = self.sae(self._of(x).to(self.sae.device)).to(x)
+        return torch.where(keep.unsqueeze(-1), self._put(x, x_hat), x)
+
+    def _of(self, x: Tensor) -> Tensor:
+        """What the SAE sees of an activation [n, L, D]: all of it, or one head."""
+        heads = x.unflatten(-1, (-1, self.sae.cfg.d_in))
+        return x if self.head is None else heads[:, :, self.head]
+
+    def _put(self, x: Tensor, seen: Tensor) -> Tensor:
+        """The activation with `seen` in the place of what the SAE sees."""
+        if self.head is None:
+            return seen
+        heads = x.unflatten(-1, (-1, self.sae.cfg.d_in)).clone()
+        heads[:, :, self.head] = seen
+        return heads.flatten(2)
 
     def _add(
         self, sums: dict[str, Tensor], name: str, values: Tensor, keep: Tensor | None = None

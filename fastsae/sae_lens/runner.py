@@ -114,6 +114,8 @@ class LanguageModelSAETrainingRunner:
             sae = trainer.fit(batches, sample=torch.cat(sample), progress=on_line)
             self.metrics = trainer.metrics = trainer.metrics | self._headline(sae)
             wandb.log_evaluation(trainer.steps_done, self.metrics["evaluation"])
+            if cfg.hook_name.endswith("hook_z") and cfg.hook_head_index is None:
+                sae.cfg = replace(sae.cfg, reshape_activations="hook_z")  # as models have it
             if cfg.output_path is not None:
                 self._save(sae, Path(cfg.output_path))
                 wandb.save(Path(cfg.output_path))
@@ -172,7 +174,9 @@ class LanguageModelSAETrainingRunner:
         steps = cfg.total_training_steps
         row_gradients = sae.architecture not in NO_DENSE_ROW_GRADIENT
         return TrainConfig(
-            sae=replace(sae, metadata={**sae.metadata, **metadata}),
+            sae=replace(
+                sae, reshape_activations="none", metadata={**sae.metadata, **metadata}
+            ),  # the store flattens heads
             total_tokens=cfg.training_tokens,
             batch_size=cfg.train_batch_size_tokens,
             optimizer=OptimizerConfig(
