@@ -15,6 +15,8 @@ from fastsae.saes import JumpReLUSkipTranscoder as JumpReLUSkipTranscoder
 from fastsae.saes import JumpReLUSkipTranscoderConfig as JumpReLUSkipTranscoderConfig
 from fastsae.saes import JumpReLUTranscoder as JumpReLUTranscoder
 from fastsae.saes import JumpReLUTranscoderConfig as JumpReLUTranscoderConfig
+from fastsae.saes import LegacyStandardConfig as LegacyStandardConfig
+from fastsae.saes import LegacyStandardSAE as LegacyStandardSAE
 from fastsae.saes import MatchingPursuitConfig as MatchingPursuitConfig
 from fastsae.saes import MatchingPursuitSAE as MatchingPursuitSAE
 from fastsae.saes import MatryoshkaBatchTopKConfig as MatryoshkaBatchTopKConfig

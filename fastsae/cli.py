@@ -19,6 +19,7 @@ from fastsae.files import write_json
 from fastsae.interop.convert import Convert, convert
 from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
+from fastsae.training.interruption import EXIT_CODE, Interrupted
 from fastsae.training.language_model_run import (
     SET_BY_THE_RUN,
     LanguageModelRun,
@@ -242,7 +243,10 @@ def _convert_command() -> Callable[[Any], None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; an error is one line on standard error and exit status 1."""
+    """Entry point; an error is one line on standard error and exit status 1.
+
+    A run that is asked to stop saves and exits with status 75.
+    """
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         tyro = require("tyro", "train")
@@ -260,6 +264,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
+    except Interrupted as interrupted:
+        print(f"fastsae: {interrupted}; go on with --resume", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"fastsae: error: {error}", file=sys.stderr)
         sys.exit(1)

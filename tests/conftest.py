@@ -1,5 +1,6 @@
 import os
 
+import jaxtyping
 import pytest
 import torch
 
@@ -22,3 +23,11 @@ def _same_every_time():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_type_checker():
+    """The package as a user has it: the type checker comes before our own rule on a `Literal`."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

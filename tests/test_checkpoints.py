@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import os
 import random
-import time
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fastsae import Trainer
 from fastsae.training.log import RunLog, read_log
 from training_runs import (
     KINDS,
+    ROWS,
     B,
     D,
     assert_same_bits,
@@ -64,20 +66,16 @@ class TestResume:
     def test_a_run_killed_at_any_moment_ends_like_one_never_killed(self, seed, tmp_path):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "fastsae", "pytest"])
-        moment, kills, exitcode = random.Random(seed), 0, None
+        moment = random.Random(seed)
         train_in_this_process(tmp_path / "whole")
-        while exitcode != 0:
-            process = context.Process(target=train_in_this_process, args=(tmp_path / "killed",))
+        for exitcode in [-9] * 5 + [0]:
+            kill = (moment.randrange(1, 18), moment.uniform(0.0, 0.01)) if exitcode else None
+            process = context.Process(
+                target=train_in_this_process, args=(tmp_path / "killed", kill)
+            )
             process.start()
-            if kills < 6:
-                wait_for_training(tmp_path / "killed")
-                time.sleep(moment.uniform(0.0, 0.3))
-                process.kill()
             process.join()
-            exitcode = process.exitcode
-            assert exitcode in (0, -9)
-            kills += exitcode == -9
-        assert kills >= 3
+            assert process.exitcode == exitcode
         found, expected = (saved_run(tmp_path / name) for name in ("killed", "whole"))
         assert_same_bits(found[0], expected[0])
         assert found[1] == expected[1]
@@ -86,21 +84,21 @@ class TestResume:
 KILLED_STEPS = 120
 
 
-def train_in_this_process(out):
+def train_in_this_process(out, kill=None):
+    """Train to the end; or with kill=(n, s) only to s seconds after n further steps."""
     torch.set_num_threads(1)
     cfg = config(steps=KILLED_STEPS, checkpoint_every=3)
     trainer = Trainer(cfg, device="cpu", out=out)
     trainer.resume()
-    train(trainer)
+    first = trainer.steps_done
 
+    def batches():
+        for step, x in enumerate(ROWS.from_step(first)):
+            if kill is not None and step == kill[0]:
+                threading.Timer(kill[1], os.kill, (os.getpid(), signal.SIGKILL)).start()
+            yield x
 
-def wait_for_training(out):
-    """Until another checkpoint than the newest one is written."""
-    folder = out / "checkpoints"
-    found = set(folder.glob("step-*"))
-    deadline = time.monotonic() + 5
-    while not set(folder.glob("step-*")) - found and time.monotonic() < deadline:
-        time.sleep(0.005)
+    trainer.fit(batches(), sample=ROWS.rows)
 
 
 def saved_run(out):

@@ -6,7 +6,6 @@ The other variants are held to SAELens's dense ones in test_variants_parity.py.
 import copy
 import math
 
-import jaxtyping
 import pytest
 import torch
 
@@ -320,14 +319,6 @@ BAD_CONFIGS = {
     "l1_warm_up_steps must be at least 0, got -1": (StandardConfig, {"l1_warm_up_steps": -1}),
     "lp_norm must be above 0, got 0": (StandardConfig, {"lp_norm": 0.0}),
 }
-
-
-@pytest.fixture
-def no_type_checker():
-    """The package as a user has it: the type checker comes before our own rule on a `Literal`."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("message", BAD_CONFIGS)

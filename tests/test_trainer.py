@@ -10,8 +10,8 @@ from fastsae import OptimizerConfig, TrainConfig, Trainer
 from fastsae.data.batches import ShuffledRows
 from fastsae.training import defaults
 from fastsae.training.dead_latents import DeadLatents
-from fastsae.training.optimizer import lr_factor
 from fastsae.training.scaling import AverageNorm
+from fastsae.training.schedule import lr_factor
 from parity import relative_error
 from training_runs import (
     KINDS,
@@ -71,7 +71,7 @@ class TestDefaults:
         assert cfg.dead_window == 10_000_000
 
     def test_what_is_given_stays(self):
-        optimizer = OptimizerConfig(lr=0.5, warm_up_steps=0, decay_steps=0)
+        optimizer = OptimizerConfig(lr=0.5, lr_end=0.1, warm_up_steps=0, decay_steps=0)
         cfg = TrainConfig(
             sae=topk_config(),
             total_tokens=1_000_000,

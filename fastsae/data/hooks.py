@@ -159,18 +159,24 @@ def d_at(lm: LanguageModel, hook: HookPoint) -> int:
 def _attached(
     lm: LanguageModel, hook: HookPoint, edit: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Send the hooked activation through `edit`, whichever way the module passes it."""
+    """Send the hooked activation through `edit`, whichever way the module passes it.
+
+    One with heads, [n, L, n_heads, d_head], goes through with its heads flattened.
+    """
+
+    def flat(value: Tensor) -> Tensor:
+        return edit(value.flatten(2)).reshape(value.shape) if value.dim() == 4 else edit(value)
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (edit(_tensor(output[0], hook)), *output[1:])
-        return edit(_tensor(output, hook))
+            return (flat(_tensor(output[0], hook)), *output[1:])
+        return flat(_tensor(output, hook))
 
     def on_input(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            return (edit(_tensor(args[0], hook)), *args[1:]), kwargs
+            return (flat(_tensor(args[0], hook)), *args[1:]), kwargs
         value = _tensor(kwargs.get("hidden_states"), hook)
-        return args, {**kwargs, "hidden_states": edit(value)}
+        return args, {**kwargs, "hidden_states": flat(value)}
 
     module = lm.model.get_submodule(hook.module_path)
     if hook.side == "output":

@@ -53,17 +53,17 @@ def accelerate(training_sae: Any) -> Any:
         x = step_input.sae_in
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        _set_coefficients(ours, step_input.coefficients)
+        set_coefficients(ours, step_input.coefficients)
         with torch.autocast(x.device.type, enabled=False):
             found = ours.loss(x.reshape(-1, *_row_shape(ours, x)), step_input.dead_neuron_mask)
-        losses = {_their_name(name): value for name, value in found.terms.items()}
+        losses = {their_name(name): value for name, value in found.terms.items()}
         if getattr(ours.cfg, "aux_loss_coefficient", 0):
             losses.setdefault(TERMS["auxk"], found.total.new_zeros(()))
         threshold = getattr(ours, "topk_threshold", None)
         return saes.TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=found.x_hat.reshape(step_input.sae_in.shape),
-            feature_acts=_acts(ours, found),
+            feature_acts=acts_as_sae_lens(ours, found),
             hidden_pre=None,
             loss=found.total,
             losses=losses,
@@ -88,7 +88,7 @@ def _sharing(theirs: nn.Module, kind: type[SAE]) -> SAE:
     return ours
 
 
-def _set_coefficients(ours: SAE, coefficients: dict[str, float]) -> None:
+def set_coefficients(ours: SAE, coefficients: dict[str, float]) -> None:
     """SAELens warms coefficients up itself and hands over the value of the step."""
     known = {f.name for f in fields(ours.cfg)}
     values: dict[str, Any] = {}
@@ -103,12 +103,12 @@ def _row_shape(ours: SAE, x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape[-2:] if ours.cfg.reshape_activations == "hook_z" else x.shape[-1:])
 
 
-def _their_name(name: str) -> str:
+def their_name(name: str) -> str:
     return TERMS.get(name, name.replace("inner_mse_", "inner_mse_loss_"))
 
 
 @torch.no_grad()
-def _acts(ours: SAE, found: SAELoss) -> Tensor:
+def acts_as_sae_lens(ours: SAE, found: SAELoss) -> Tensor:
     """[B, F]: what SAELens's trainer counts firing from."""
     code, d_sae = found.code, ours.cfg.d_sae
     if code is None:

@@ -6,13 +6,39 @@ What needs TransformerLens is imported when it is asked for.
 import importlib
 from typing import Any
 
-_HOME = {
-    "SAE": "fastsae.sae_lens.saes",
-    "HookedSAE": "fastsae.sae_lens.hooked_sae",
-    "hooked": "fastsae.sae_lens.hooked_sae",
-    "HookedSAETransformer": "fastsae.sae_lens.hooked_transformer",
-    "SAETransformerBridge": "fastsae.sae_lens.bridge",
+_MODULES = {
+    "activations_store": ["ActivationsStore"],
+    "bridge": ["SAETransformerBridge"],
+    "config": ["LanguageModelSAERunnerConfig", "LoggingConfig"],
+    "evals": ["EvalConfig", "get_eval_everything_config", "run_evals"],
+    "hooked_sae": ["HookedSAE", "hooked"],
+    "hooked_transformer": ["HookedSAETransformer"],
+    "runner": ["LanguageModelSAETrainingRunner", "SAETrainingRunner"],
+    "saes": ["SAE"],
+    "training_saes": [
+        "AbsTopKTrainingSAE",
+        "AbsTopKTrainingSAEConfig",
+        "BatchTopKTrainingSAE",
+        "BatchTopKTrainingSAEConfig",
+        "GatedTrainingSAE",
+        "GatedTrainingSAEConfig",
+        "JumpReLUTrainingSAE",
+        "JumpReLUTrainingSAEConfig",
+        "MatchingPursuitTrainingSAE",
+        "MatchingPursuitTrainingSAEConfig",
+        "MatryoshkaBatchTopKTrainingSAE",
+        "MatryoshkaBatchTopKTrainingSAEConfig",
+        "StandardTrainingSAE",
+        "StandardTrainingSAEConfig",
+        "TopKTrainingSAE",
+        "TopKTrainingSAEConfig",
+        "TrainStepInput",
+        "TrainStepOutput",
+        "TrainingSAE",
+    ],
+    "upload": ["upload_saes_to_huggingface"],
 }
+_HOME = {name: f"fastsae.sae_lens.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

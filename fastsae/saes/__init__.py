@@ -11,6 +11,8 @@ from fastsae.saes.gated import GatedConfig as GatedConfig
 from fastsae.saes.gated import GatedSAE as GatedSAE
 from fastsae.saes.jumprelu import JumpReLUConfig as JumpReLUConfig
 from fastsae.saes.jumprelu import JumpReLUSAE as JumpReLUSAE
+from fastsae.saes.legacy_standard import LegacyStandardConfig as LegacyStandardConfig
+from fastsae.saes.legacy_standard import LegacyStandardSAE as LegacyStandardSAE
 from fastsae.saes.matching_pursuit import MatchingPursuitConfig as MatchingPursuitConfig
 from fastsae.saes.matching_pursuit import MatchingPursuitSAE as MatchingPursuitSAE
 from fastsae.saes.matryoshka_batchtopk import MatryoshkaBatchTopKConfig as MatryoshkaBatchTopKConfig
@@ -37,6 +39,7 @@ SAES: dict[str, type[SAE]] = {
     "jumprelu": JumpReLUSAE,
     "jumprelu_skip_transcoder": JumpReLUSkipTranscoder,
     "jumprelu_transcoder": JumpReLUTranscoder,
+    "legacy_standard": LegacyStandardSAE,
     "matching_pursuit": MatchingPursuitSAE,
     "matryoshka_batchtopk": MatryoshkaBatchTopKSAE,
     "skip_transcoder": SkipTranscoder,

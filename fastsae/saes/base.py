@@ -6,7 +6,7 @@ line in `SAES`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fastsae.saes.metadata import Metadata
 from fastsae_kernels import MSEL1, Impl, RaggedCode, SparseCode, mse_l1_loss, sparse_decode
 
 Normalization = Literal[
@@ -74,6 +75,14 @@ class SAEConfig:
             raise ValueError(f"dtype must name a floating torch dtype, got {self.dtype!r}")
         if not self.decoder_init_norm > 0:
             raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
+        object.__setattr__(self, "metadata", Metadata(self.metadata))
+
+    def __getattr__(self, name: str) -> Any:
+        """What the metadata hold can be read here too: cfg.hook_name."""
+        metadata = self.__dict__.get("metadata", {})
+        if name not in metadata:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return metadata[name]
 
     @property
     def d_out(self) -> int:
@@ -128,6 +137,10 @@ class TrainingRows(NamedTuple):
     """Of each row's squared error, where the target is not in the units of the input."""
 
 
+def row_mean(rows: Float[Tensor, "N D"]) -> Float[Tensor, " D"]:
+    return rows.mean(0)
+
+
 class SAE(nn.Module, ABC):
     """x_hat = decode(encode(x)), with W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D].
 
@@ -178,9 +191,11 @@ class SAE(nn.Module, ABC):
         """
 
     @torch.no_grad()
-    def initialise(self, rows: Float[Tensor, "N D"]) -> None:
-        """Start from a sample of the rows: b_dec at their mean."""
-        self.b_dec.copy_(self._normalise(rows).mean(0))
+    def initialise(
+        self, rows: Float[Tensor, "N D"], *, centre: Callable[[Tensor], Tensor] = row_mean
+    ) -> None:
+        """Start from a sample of the rows: b_dec at their `centre`, their mean by default."""
+        self.b_dec.copy_(centre(self._normalise(rows)))
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, zero where a latent is not active: for tools that expect [..., F]."""

@@ -88,7 +88,7 @@ class StandardSAE(SAE):
             return self._dense_loss(x, rows, coefficient, ghosts)
         if self.cfg.lp_norm == 1 and is_sparse(self, rows.x):
             return self._sparse_loss(x, rows, coefficient)
-        if rows.target is rows.x:
+        if rows.target is rows.x and rows.weight is None:
             return self._relu_l1_loss(x, coefficient)
         return self._dense_loss(x, rows, coefficient)
 
@@ -136,13 +136,18 @@ class StandardSAE(SAE):
             terms = {"mse": (err.square().sum(-1) * weight).sum(), "l1": coefficient * l1.sum()}
             err = err * weight.sqrt().unsqueeze(-1)
             if ghosts is not None:
-                terms["ghost"] = ghost_loss(h[:, ghosts], self.W_dec[ghosts], err.detach())
+                ghost = ghost_loss(h[:, ghosts], self.W_dec[ghosts], err.detach())
+                terms["ghost"] = self.ghost_coefficient * ghost
             return ChunkSums(terms, err, (acts != 0).sum(0))
 
         made = row_chunked_loss(
             chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=self.cfg.d_sae
         )
         return SAELoss(made.total, made.terms, x, made.err, made.counts)
+
+    @property
+    def ghost_coefficient(self) -> float:
+        return 1.0
 
     def l1_coefficient(self, step: int) -> float:
         """The weight of the sparsity term at a step: linear from 0 over the warm-up."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows
+from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows, row_mean
 from fastsae.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from fastsae.saes.standard import StandardConfig, StandardSAE
 
@@ -103,11 +103,15 @@ class Transcodes(SAE):
 
     @torch.no_grad()
     def initialise(
-        self, rows: Float[Tensor, "N D"], targets: Float[Tensor, "N D_out"] | None = None
+        self,
+        rows: Float[Tensor, "N D"],
+        targets: Float[Tensor, "N D_out"] | None = None,
+        *,
+        centre: Callable[[Tensor], Tensor] = row_mean,
     ) -> None:
-        """Start from a sample: b_dec at the mean of the targets."""
+        """Start from a sample: b_dec at the targets' centre."""
         if targets is not None:
-            self.b_dec.copy_(targets.mean(0))
+            self.b_dec.copy_(centre(targets))
 
     @torch.no_grad()
     def fold_activation_scale(self, scale: float, target_scale: float = 1.0) -> None:

@@ -42,8 +42,10 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
         trainer.sae.save_model(temporary)
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=2))
+    every = trainer.cfg.keep_every
     for old in _checkpoints(folder)[: -trainer.cfg.keep_checkpoints]:
-        shutil.rmtree(old)
+        if every is None or int(old.name.removeprefix("step-")) % every:
+            shutil.rmtree(old)
     return path
 
 
@@ -97,7 +99,7 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
 def _config(trainer: "Trainer") -> dict[str, object]:
     """What a resumed run must share: everything but how often it logs and saves."""
     values = asdict(trainer.cfg) | {"architecture": trainer.cfg.sae.architecture}
-    free = ("log_every", "checkpoint_every", "keep_checkpoints")
+    free = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "checkpoint_at_end")
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in free}))
 
 

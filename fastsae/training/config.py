@@ -1,17 +1,19 @@
 """What a training run is. A field left at None follows `defaults`, as a function of the run."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from fastsae.saes import SAEConfig
 from fastsae.training import defaults
+from fastsae.training.centre import CENTRES, Centre
+from fastsae.training.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam and its schedule: linear warm-up, constant, linear decay to 0."""
+    """Adam and its schedule: linear warm-up, constant or cosine, linear decay to 0."""
 
     kind: Literal["row_adam", "adam"] = "row_adam"
     """`row_adam` never writes the dictionary's dense gradient; `adam` is torch's fused one."""
@@ -25,8 +27,25 @@ class OptimizerConfig:
     """Steps from 0 to the peak; None: a sixteenth of the run, at most 1000."""
     decay_steps: int | None = None
     """Steps from the peak to 0 at the end; None: half of the run."""
+    schedule: Schedule = "constant"
+    """Between warm-up and decay; see `fastsae.training.schedule`."""
+    lr_end: float | None = None
+    """Where a cosine ends; None: a tenth of lr."""
+    restart_cycles: int = 1
+    """Cosines in a row, under `cosine_restarts`."""
+    unit_norm_decoder: bool = False
+    """Keep W_dec's rows at norm 1: the gradient's component along a row is taken off, and the row
+    is scaled after each step."""
 
     def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(
+                f"schedule must be one of {list(get_args(Schedule))}, got {self.schedule!r}"
+            )
+        if self.lr_end is not None and self.lr_end < 0:
+            raise ValueError(f"lr_end must be at least 0 or None, got {self.lr_end}")
+        if self.restart_cycles < 1:
+            raise ValueError(f"restart_cycles must be at least 1, got {self.restart_cycles}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -42,12 +61,17 @@ class TrainConfig:
     """Tokens the run is made of; batches are drawn until they are used up."""
     batch_size: int | None = None
     """Tokens a step; None: by device and length of the run, 256 to 2048 (8192 on a GPU)."""
+    micro_batch_size: int | None = None
+    """Tokens whose gradient is computed at once, where a whole batch takes too much memory; the
+    gradient is the batch's (BatchTopK selects within each part). None: the batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute_dtype: str | None = None
     """Dtype of the rows and so of the encoder's product; weights and sums stay in the SAE's dtype.
     None: bfloat16 on a GPU, the SAE's dtype elsewhere."""
     dead_window: int | None = None
     """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
+    b_dec_init: Centre = "mean"
+    """Where b_dec starts, of a sample of the rows."""
     seed: int = 0
     """Of the initial weights and of the order of the rows."""
     log_every: int = 20
@@ -56,9 +80,15 @@ class TrainConfig:
     """Steps between two checkpoints; None: at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    checkpoint_at_end: bool = True
+    """Whether the last step is saved too, wherever it falls."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps are kept as well; None: no others."""
 
     def __post_init__(self) -> None:
         self.sae.check_trainable()
+        if self.b_dec_init not in CENTRES:
+            raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
         for name in ("total_tokens", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -69,7 +99,13 @@ class TrainConfig:
                     f"compute_dtype must name a floating torch dtype or be None, "
                     f"got {self.compute_dtype!r}"
                 )
-        for name in ("batch_size", "dead_window", "checkpoint_every"):
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "dead_window",
+            "checkpoint_every",
+            "keep_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
@@ -79,6 +115,7 @@ class TrainConfig:
         batch_size = self.batch_size or defaults.batch_size(device, self.total_tokens)
         steps = max(1, self.total_tokens // batch_size)
         optimizer = self.optimizer
+        lr = optimizer.lr or defaults.learning_rate(self.sae.d_sae)
         warm_up, decay = optimizer.warm_up_steps, optimizer.decay_steps
         return replace(
             self,
@@ -87,7 +124,8 @@ class TrainConfig:
             dead_window=self.dead_window or defaults.dead_window(self.total_tokens),
             optimizer=replace(
                 optimizer,
-                lr=optimizer.lr or defaults.learning_rate(self.sae.d_sae),
+                lr=lr,
+                lr_end=lr / 10 if optimizer.lr_end is None else optimizer.lr_end,
                 warm_up_steps=defaults.warm_up_steps(steps) if warm_up is None else warm_up,
                 decay_steps=defaults.decay_steps(steps) if decay is None else decay,
             ),

@@ -27,9 +27,11 @@ from fastsae.data.batches import ShuffledRows
 from fastsae.device import resolve_device
 from fastsae.evaluation.evaluate import evaluate
 from fastsae.files import replacing, write_json
+from fastsae.interop.formats import load_sae
 from fastsae.saes import SAE, SAES
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training import defaults
+from fastsae.training.centre import Centre
 from fastsae.training.config import OptimizerConfig, TrainConfig
 from fastsae.training.trainer import Trainer
 
@@ -73,13 +75,21 @@ class LanguageModelRun:
     are 16 times as many latents as the activations have dimensions."""
     batch_size: int | None = None
     """Tokens a step; None: by device and length of the run."""
+    micro_batch_size: int | None = None
+    """Tokens whose gradient is computed at once, to spare memory; None: the batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    b_dec_init: Centre = "mean"
+    """Where b_dec starts, of a sample of the rows."""
+    finetune_from: str | None = None
+    """Folder of a trained SAE, in any format that `fastsae convert` reads, to start from."""
     massive_multiple: float = 10.0
     """Rows with a norm above this multiple of the median are left out, as are first positions."""
     eval_tokens: int = 16_384
     """Held-out tokens to evaluate on."""
     checkpoints: int = 4
     """Checkpoints over the run; the newest two are kept."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps are kept as well."""
     seed: int = 0
     device: str = "auto"
     resume: bool = False
@@ -138,14 +148,15 @@ def train_on_language_model(run: LanguageModelRun, progress: Progress | None = N
     lm = load_language_model(run.model, device=device)
     layer = lm.n_layers // 2 if run.layer is None else run.layer
     hook = resolve_hook(lm, run.hook or resid_hook_name(layer))
-    cfg = _config(run, lm, hook)
+    start = None if run.finetune_from is None else load_sae(run.finetune_from, device)
+    cfg = _config(run, lm, hook, start)
 
     started = time.perf_counter()
     train, held_out = _harvest(run, lm, hook, tell)
     timings["harvest"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    trainer = Trainer(cfg, device=device, out=run.out)
+    trainer = Trainer(cfg, device=device, out=run.out, start=start)
     write_json(run.out / "run.json", _as_json(run))
     if run.resume:
         trainer.resume()
@@ -218,9 +229,11 @@ def _harvest(
     return train, held_out
 
 
-def _config(run: LanguageModelRun, lm: LanguageModel, hook: HookPoint) -> TrainConfig:
+def _config(
+    run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, start: SAE | None
+) -> TrainConfig:
     d_in = d_at(lm, hook)
-    d_sae = run.sae.get("d_sae")
+    d_sae = run.sae.get("d_sae") or (start and start.cfg.d_sae)
     shape = {
         **defaults.sae_fields(run.variant),
         **run.sae,
@@ -241,7 +254,10 @@ def _config(run: LanguageModelRun, lm: LanguageModel, hook: HookPoint) -> TrainC
         sae=SAES[run.variant].config_class(**shape),
         total_tokens=run.tokens,
         batch_size=run.batch_size,
+        micro_batch_size=run.micro_batch_size,
         optimizer=run.optimizer,
+        b_dec_init=run.b_dec_init,
+        keep_every=run.keep_every,
         seed=run.seed,
     ).resolved(resolve_device(run.device))
     return replace(cfg, checkpoint_every=max(1, cfg.total_steps // run.checkpoints))

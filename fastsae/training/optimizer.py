@@ -22,15 +22,9 @@ DICTIONARY = ("W_enc", "W_dec")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def lr_factor(step: int, total_steps: int, warm_up_steps: int, decay_steps: int) -> float:
-    """Share of the peak learning rate at a step (from 0): linear up, flat, linear down to 0."""
-    up = (step + 1) / warm_up_steps if warm_up_steps else 1.0
-    down = (total_steps - step) / decay_steps if decay_steps else 1.0
-    return max(0.0, min(1.0, up, down))
-
-
 def build_optimizer(sae: SAE, cfg: OptimizerConfig, lr: float) -> "RowAdam | PlainAdam":
-    shared: dict[str, Any] = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps}
+    unit_rows = [sae.W_dec] if cfg.unit_norm_decoder else []
+    shared: dict[str, Any] = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps, "unit_rows": unit_rows}
     if cfg.kind == "adam":
         return PlainAdam(sae.parameters(), **shared)
     dictionary = [p for name, p in sae.named_parameters() if name in DICTIONARY]
@@ -61,11 +55,18 @@ class PlainAdam(torch.optim.Adam):
     """torch.optim.Adam(fused=True), refusing gradients and moments in another memory order.
 
     On a CPU the fused kernel walks parameter, gradient and moments as flat memory and silently
-    computes wrong numbers when their strides differ.
+    computes wrong numbers when their strides differ. Weights in `unit_rows` [F, D] move along the
+    unit sphere: their gradient loses its component along each row, and rows get norm 1 again.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        unit_rows: Iterable[nn.Parameter] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(params, fused=True, **kwargs)
+        self._unit_rows = list(unit_rows)
         self.copies: dict[nn.Parameter, Tensor] = {}
         """Of parameters, in another dtype: written anew at each step."""
 
@@ -90,8 +91,16 @@ class PlainAdam(torch.optim.Adam):
                 for name in MOMENTS:
                     if name in self.state[p]:
                         check_strides(name, self.state[p][name], p)
+        with torch.no_grad():
+            for p in self._unit_rows:
+                if p.grad is not None:
+                    along = (p.grad * p).sum(1, keepdim=True) / p.square().sum(1, keepdim=True)
+                    p.grad.sub_(along.nan_to_num(0.0) * p)
         result = super().step(closure)
         with torch.no_grad():
+            for p in self._unit_rows:
+                norms = p.norm(dim=1, keepdim=True)
+                p.div_(torch.where(norms > 0, norms, 1))
             for p, copy in self.copies.items():
                 copy.copy_(p)
         return result
@@ -101,7 +110,8 @@ class RowAdam(torch.optim.Optimizer):
     """Adam whose dictionary gradients are summed row by row inside the step.
 
     For the weights of the dictionary backward leaves the pairs that make the gradient instead of
-    `.grad`; the others have an ordinary gradient. Same numbers as `PlainAdam`.
+    `.grad`; the others have an ordinary gradient. Same numbers as `PlainAdam`, and `unit_rows` as
+    there.
     """
 
     def __init__(
@@ -111,8 +121,10 @@ class RowAdam(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        unit_rows: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        self._unit_rows = set(unit_rows)
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         self._row_grads = {p: collect_row_grads(p) for p in dictionary}
         self._factor: Tensor | None = None
@@ -154,6 +166,8 @@ class RowAdam(torch.optim.Optimizer):
                     betas=group["betas"],
                     eps=group["eps"],
                     grad_scale=self._factor,
+                    project=p in self._unit_rows,
+                    renormalise=p in self._unit_rows,
                     copy=None if copy is None else _rows(copy),
                 )
         self._factor = None

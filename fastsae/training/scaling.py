@@ -33,6 +33,9 @@ class Scaling:
     def fold(self, sae: SAE) -> None:
         """Make `sae`, trained on mapped rows, take rows as they are."""
 
+    def unfold(self, sae: SAE) -> None:
+        """Make `sae`, which takes rows as they are, one of mapped rows: where training goes on."""
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -64,6 +67,14 @@ class AverageNorm(Scaling):
             sae.fold_activation_scale(self.factor, self.target_factor)
         else:
             sae.fold_activation_scale(self.factor)
+
+    def unfold(self, sae: SAE) -> None:
+        cfg = sae.cfg
+        if isinstance(sae, Transcodes):
+            sae.fold_activation_scale(1 / self.factor, 1 / self.target_factor)
+        else:
+            sae.fold_activation_scale(1 / self.factor)
+        sae.cfg = cfg
 
     def state_dict(self) -> dict[str, Tensor]:
         factors = {"factor": self.factor, "target_factor": self.target_factor}
@@ -107,6 +118,11 @@ class Whitening(Scaling):
 
     def fold(self, sae: SAE) -> None:
         sae.fold_activation_whitening(self.mean, self.matrix, self.inverse)
+
+    def unfold(self, sae: SAE) -> None:
+        cfg = sae.cfg
+        sae.fold_activation_whitening(-self.mean @ self.matrix, self.inverse, self.matrix)
+        sae.cfg = cfg
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor
 from fastsae.device import resolve_device
 from fastsae.saes import SAE, SAES, SAELoss
 from fastsae.saes.transcoder import Transcodes
+from fastsae.training.centre import CENTRES
 from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
+from fastsae.training.interruption import Interrupted, stop_requested
 from fastsae.training.log import RunLog
-from fastsae.training.optimizer import build_optimizer, compute_copies, lr_factor
+from fastsae.training.optimizer import build_optimizer, compute_copies
 from fastsae.training.scaling import build_scaling
+from fastsae.training.schedule import lr_factor
 
 Batch = Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B D_out"]]
 """Rows, or rows and the targets of a transcoder."""
@@ -35,6 +39,7 @@ class Trainer:
         cfg: the run; fields left at None are resolved for `device`.
         device: `auto`, or where to compute.
         out: folder for `metrics.jsonl` and `checkpoints/`; None: nothing is written.
+        start: a trained SAE of unscaled rows, whose parameters the run starts from; None: random.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Trainer:
         *,
         device: torch.device | str = "auto",
         out: Path | None = None,
+        start: SAE | None = None,
     ) -> None:
         self.device = resolve_device(device)
         self.cfg = cfg = cfg.resolved(self.device)
@@ -55,6 +61,9 @@ class Trainer:
         self.copy_weights()
         self.steps_done = 0
         self.scaling = build_scaling(cfg.sae.normalize_activations)
+        if start is not None:
+            check_fits(self.sae, start)
+        self.start = start
         self.out = out
         self.log = RunLog(None if out is None else out / "metrics.jsonl")
         self.metrics: dict[str, Any] = {}
@@ -70,14 +79,23 @@ class Trainer:
     def initialise(
         self, rows: Float[Tensor, "N D"], targets: Float[Tensor, "N D_out"] | None = None
     ) -> None:
-        """Set what depends on the data: the scaling of the rows, and where the SAE starts."""
+        """Set what depends on the data: the scaling of the rows, and where the SAE starts.
+
+        An SAE that was handed in to start from keeps its own b_dec.
+        """
         parts = [rows] if targets is None else [rows, targets]
         for part in parts:
             check_finite(part, self.steps_done + 1)
         wide = [part.to(self.device, torch.float32) for part in parts]
         self.scaling.fit(*wide)
+        if self.start is not None:
+            self.sae.load_state_dict(self.start.state_dict(), strict=False)
+            self.scaling.unfold(self.sae)
+            self.copy_weights()
+            self.start = None
+            return
         scaled = [self.scaling.apply(wide[0]), *map(self.scaling.apply_to_targets, wide[1:])]
-        self.sae.initialise(*scaled)
+        self.sae.initialise(*scaled, centre=CENTRES[self.cfg.b_dec_init])
 
     def fit(
         self,
@@ -97,7 +115,25 @@ class Trainer:
         Raises:
             ValueError: the batches end too early, or hold NaN or inf (the step is named).
             FileExistsError: `out` holds checkpoints of another run, which was not resumed.
+            Interrupted: SIGINT or SIGTERM came and `out` is a folder; the step was finished and a
+                checkpoint saved.
         """
+        with ExitStack() as stack:
+            stopped = lambda: False
+            if self.out is not None:
+                stopped = stack.enter_context(stop_requested())
+            self._fit(batches, sample, progress, stopped)
+        self.optimizer.release()
+        self.sae.compute_copies = {}
+        return self.export()
+
+    def _fit(
+        self,
+        batches: Iterable[Batch],
+        sample: Batch | None,
+        progress: Callable[[dict[str, Any]], None] | None,
+        stopped: Callable[[], bool],
+    ) -> None:
         if self.out is not None and self.steps_done == 0:
             earlier = latest_checkpoint(self.out / "checkpoints")
             if earlier is not None:
@@ -131,11 +167,11 @@ class Trainer:
                     progress(self.metrics)
             if saved:
                 self.save()
-        if self.out is not None and not self._is_saved(self.steps_done):
+            if stopped():
+                self._check_loss(loss)
+                raise Interrupted(f"stopped after step {self.steps_done}, saved in {self.save()}")
+        if self.out is not None and self.cfg.checkpoint_at_end:
             self.save()
-        self.optimizer.release()
-        self.sae.compute_copies = {}
-        return self.export()
 
     def step(
         self, x: Float[Tensor, "B D"], target: Float[Tensor, "B D_out"] | None = None
@@ -153,17 +189,18 @@ class Trainer:
             )
         cfg = self.cfg.optimizer
         factor = lr_factor(
-            self.steps_done, self.cfg.total_steps, cfg.warm_up_steps or 0, cfg.decay_steps or 0
+            self.steps_done,
+            self.cfg.total_steps,
+            cfg.warm_up_steps or 0,
+            cfg.decay_steps or 0,
+            cfg.schedule,
+            (cfg.lr_end or 0.0) / self.lr,
+            cfg.restart_cycles,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        x = self.scaling.apply(x.to(self.device, self.sae.dtype)).to(self.compute_dtype)
-        wanted: dict[str, Tensor] = {}
-        if target is not None:
-            wanted["target"] = self.scaling.apply_to_targets(target.to(self.device, self.sae.dtype))
-        loss = self.sae.loss(x, self.dead.dead(), self.steps_done, **wanted)
         self.optimizer.zero_grad()
-        loss.total.backward()
+        loss = self._gradient(x, target)
         if cfg.clip_norm is not None:
             norm = self.optimizer.gradient_norm()
             self.optimizer.scale_gradient((cfg.clip_norm / (norm + 1e-6)).clamp_max(1.0))
@@ -172,6 +209,22 @@ class Trainer:
         self.dead.update(loss.counts, len(x))
         self.steps_done += 1
         return loss
+
+    def _gradient(self, x: Tensor, target: Tensor | None) -> SAELoss:
+        """The batch's loss, its gradient left with the optimizer; a micro-batch at a time."""
+        dead, dtype = self.dead.dead(), self.sae.dtype
+        width = self.cfg.micro_batch_size or len(x)
+        targets = [None] * -(-len(x) // width) if target is None else target.split(width)
+        losses = []
+        for rows, wanted in zip(x.split(width), targets, strict=True):
+            options: dict[str, Tensor] = {}
+            if wanted is not None:
+                options["target"] = self.scaling.apply_to_targets(wanted.to(self.device, dtype))
+            rows = self.scaling.apply(rows.to(self.device, dtype)).to(self.compute_dtype)
+            loss = self.sae.loss(rows, dead, self.steps_done, **options)
+            (loss.total if len(rows) == len(x) else loss.total * (len(rows) / len(x))).backward()
+            losses.append(loss)
+        return joined(losses)
 
     @torch.no_grad()
     def export(self) -> SAE:
@@ -239,6 +292,36 @@ class Trainer:
             "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
         }
         self.log.write(self.metrics)
+
+
+def joined(losses: list[SAELoss]) -> SAELoss:
+    """The loss of a batch from those of its parts; the parts' codes are left out."""
+    if len(losses) == 1:
+        return losses[0]
+    rows = sum(len(loss.x) for loss in losses)
+    shares = [len(loss.x) / rows for loss in losses]
+    mean = lambda values: torch.stack([s * v for s, v in zip(shares, values, strict=True)]).sum()
+    targets = [loss.target for loss in losses if loss.target is not None]
+    return SAELoss(
+        total=mean([loss.total.detach() for loss in losses]),
+        terms={name: mean([loss.terms[name] for loss in losses]) for name in losses[0].terms},
+        x=torch.cat([loss.x for loss in losses]),
+        err=torch.cat([loss.err for loss in losses]),
+        counts=torch.stack([loss.counts for loss in losses]).sum(0),
+        target=torch.cat(targets) if targets else None,
+    )
+
+
+def check_fits(sae: SAE, start: SAE) -> None:
+    """Raise ValueError where `start` lacks a parameter of `sae`, or has it in another shape."""
+    given = start.state_dict()
+    for name, parameter in sae.named_parameters():
+        got = list(given[name].shape) if name in given else "none"
+        if got != list(parameter.shape):
+            raise ValueError(
+                f"start must have the parameter {name} {list(parameter.shape)} of the "
+                f"architecture {sae.cfg.architecture!r}, got {got} in a {start.cfg.architecture!r}"
+            )
 
 
 def _rows_and_targets(batch: Batch) -> tuple[Tensor, ...]:
