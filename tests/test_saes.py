@@ -334,7 +334,8 @@ def test_config_is_refused(message):
 @pytest.mark.parametrize("architecture", SAES)
 def test_forward_and_acts_carry_gradients(architecture):
     sae_class = SAES[architecture]
-    sae = sae_class(sae_class.config_class.from_dict({"d_in": 6, "d_sae": 20, "k": 3}))
+    shape = {"d_in": 6, "d_sae": 20, "k": 3, "n_heads": 2, "bottleneck_factor": 5}
+    sae = sae_class(sae_class.config_class.from_dict(shape))
     x = torch.randn(5, 6, requires_grad=True)
     sae(x).sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0

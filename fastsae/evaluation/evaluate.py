@@ -10,7 +10,7 @@ from fastsae.data import Activations, HookPoint, LanguageModel
 from fastsae.data.batches import CHUNK_ROWS
 from fastsae.evaluation.loss_recovered import SpliceLoss, loss_recovered
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
-from fastsae.saes import SAE
+from fastsae.saes import SAE, TemporalSAE
 
 
 @torch.no_grad()
@@ -29,7 +29,14 @@ def evaluate(
 
     Returns:
         `rows`, `all_rows` (see `definitions`), `cross_entropy` and the counts of rows left out.
+
+    Raises:
+        ValueError: the SAE reads sequences, and rows here have lost theirs.
     """
+    if isinstance(sae, TemporalSAE):
+        raise ValueError(
+            "sae must read each row by itself to be evaluated on rows, got a temporal SAE"
+        )
     metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
     kept = held_out.rows.split(CHUNK_ROWS)
     # Spread over the batches: a batch of first positions alone has no variance to explain.

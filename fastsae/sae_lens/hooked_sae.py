@@ -10,7 +10,6 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from fastsae.saes import SAE
-from fastsae.saes.transcoder import Transcodes
 
 POINTS = (
     "hook_sae_input",
@@ -89,9 +88,7 @@ class HookedSAE(SAE):
         x_hat = self.decode(self.encode(x)).reshape(*x.shape[: x.ndim - 1], -1)
         if self.cfg.reshape_activations == "hook_z":
             x_hat = x_hat.reshape(x.shape)
-        if isinstance(self, Transcodes):
-            x_hat = x_hat + self._skipped(x.to(self.dtype))
-        return x_hat.to(x.dtype)
+        return (x_hat + self._skipped(x.to(self.dtype))).to(x.dtype)
 
     def run_with_hooks(self, x: Tensor, fwd_hooks: list[tuple[str, Hook]]) -> Tensor:
         """forward(x) with hooks `fn(value, hook)` that see, or replace, what passes a point."""

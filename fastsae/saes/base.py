@@ -39,6 +39,7 @@ class SAEConfig:
     architecture: ClassVar[str]
     file_defaults: ClassVar[Mapping[str, Any]] = {}
     """What a file means that does not state a field, where that is not the default here."""
+    normalizations: ClassVar[tuple[str, ...]] = get_args(Normalization)
 
     d_in: int
     """D, the width of the activations."""
@@ -63,12 +64,12 @@ class SAEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, choices in (
-            ("normalize_activations", Normalization),
-            ("reshape_activations", Reshaping),
+            ("normalize_activations", self.normalizations),
+            ("reshape_activations", get_args(Reshaping)),
         ):
-            if getattr(self, name) not in get_args(choices):
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {list(get_args(choices))}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}"
                 )
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -233,6 +234,10 @@ class SAE(nn.Module, ABC):
     def decoder_code(self, code: SparseCode | RaggedCode) -> SparseCode | RaggedCode:
         """The acts that multiply W_dec's rows."""
         return code
+
+    def _skipped(self, x: Tensor) -> Tensor | float:
+        """What reaches the output around the latents."""
+        return 0.0
 
     def _decode_dense(self, acts: Tensor) -> Tensor:
         return acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
