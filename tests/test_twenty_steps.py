@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uncentred": {"apply_b_dec_to_input": False},
     "unscaled": {"rescale_acts_by_decoder_norm": False},
     "warm-up": {"warm_up_steps": 10},
+    "hook_z": {"reshape_activations": "hook_z"},
     "expected_average_only_in": {"normalize_activations": "expected_average_only_in"},
     "covariance_whitening": {"normalize_activations": "covariance_whitening"},
     **{mode: {"normalize_activations": mode} for mode in RUN_TIME},

@@ -116,6 +116,22 @@ def test_outputs(peer, case, mode):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["none", "layer_norm"])
+def test_heads_come_apart_or_flattened(peer, case, mode):
+    torch.manual_seed(12)
+    ours, theirs = pair(peer, case, reshape_activations="hook_z", normalize_activations=mode)
+    flat = rows().reshape(4, -1, D)
+    z = flat.unflatten(-1, (2, -1))
+    with torch.no_grad():
+        want = theirs.encode(flat)
+        theirs.turn_on_forward_pass_hook_z_reshaping()  # off in their training form
+        assert_close(ours.encode(z), theirs.encode(z), "encode", 1e-5)
+        assert_close(ours(z), theirs(z), "forward", 1e-5)
+        assert_close(ours.encode(flat), want, "encode of flattened heads", 1e-5)
+        assert_close(ours(flat), ours(z).flatten(-2), "forward of flattened heads", 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_for_use_is_theirs_to_load(peer, case, tmp_path):
     torch.manual_seed(3)
     ours, theirs = pair(peer, case)

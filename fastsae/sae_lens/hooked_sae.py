@@ -86,7 +86,7 @@ class HookedSAE(SAE):
 
     def _reconstruct_aloud(self, x: Tensor) -> Tensor:
         x_hat = self.decode(self.encode(x)).reshape(*x.shape[: x.ndim - 1], -1)
-        if self.cfg.reshape_activations == "hook_z":
+        if self.takes_heads_apart(x):
             x_hat = x_hat.reshape(x.shape)
         return (x_hat + self._skipped(x.to(self.dtype))).to(x.dtype)
 
