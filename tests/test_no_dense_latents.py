@@ -61,7 +61,7 @@ def test_nothing_of_tokens_times_latents_is_saved(case):
     kind = SAES[architecture]
     sae = kind(kind.config_class(d_in=D, d_sae=F, **fields))
     x = torch.randn(B, D)
-    options = {"target": torch.randn(B, 6)} if "d_out" in fields else {}
+    options: Any = {"target": torch.randn(B, 6)} if "d_out" in fields else {}
     saved = []
 
     def keep(tensor):

@@ -13,6 +13,7 @@ _MODULES = {
     "evals": ["EvalConfig", "get_eval_everything_config", "run_evals"],
     "hooked_sae": ["HookedSAE", "hooked"],
     "hooked_transformer": ["HookedSAETransformer"],
+    "neuronpedia": ["get_neuronpedia_quick_list", "neuronpedia_url"],
     "runner": ["LanguageModelSAETrainingRunner", "SAETrainingRunner"],
     "saes": ["SAE"],
     "training_saes": [

@@ -49,6 +49,23 @@ class HookedSAE(SAE):
     def hook_dict(self) -> dict[str, HookPoint]:
         return {name: getattr(self, name) for name in POINTS}
 
+    def neuronpedia_url(self, latent: int) -> str:
+        """Where Neuronpedia shows a latent; see `fastsae.sae_lens.neuronpedia`."""
+        from fastsae.sae_lens.neuronpedia import neuronpedia_url
+
+        return neuronpedia_url(self, latent)
+
+    def get_name(self) -> str:
+        """Of the SAE in logs: sae_{model}_{hook}_{d_sae}."""
+        metadata = self.cfg.metadata
+        return f"sae_{metadata.get('model_name')}_{metadata.get('hook_name')}_{self.cfg.d_sae}"
+
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Nothing is to be done: `hook_z` rows are taken with heads apart and flattened."""
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        """Nothing is to be done: `hook_z` rows are taken with heads apart and flattened."""
+
     def listened_to(self) -> bool:
         """Whether any hook point has a hook."""
         return any(
