@@ -394,7 +394,7 @@ def test_a_copy_that_lacks_the_sae_is_an_error_that_names_it(cache):
 def test_links_to_neuronpedia(tmp_path):
     from fastsae.sae_lens import get_neuronpedia_quick_list, hooked
 
-    shape = {"d_in": D, "d_sae": F, "k": 4}
+    shape: Any = {"d_in": D, "d_sae": F, "k": 4}
     metadata = {"neuronpedia_id": "gpt2-small/8-res-jb"}
     sae: Any = hooked(fastsae.TopKSAE(fastsae.TopKConfig(**shape, metadata=metadata)))
     assert sae.neuronpedia_url(7) == "https://www.neuronpedia.org/gpt2-small/8-res-jb/7"

@@ -89,17 +89,19 @@ class HookedSAE(SAE):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D_out"]:
         """decode(encode(x)), and what it misses where `use_error_term` is set."""
-        if not self.listened_to():
-            if not self.use_error_term:
-                return super().forward(x)
-            x_hat = super().forward(x)
-            return x_hat + (x - x_hat).detach()
-        x_hat = self._reconstruct_aloud(x)
+        x_hat = self.reconstruct(x)
         if self.use_error_term:
-            with torch.no_grad():
-                error = x - super().forward(x)
-            x_hat = x_hat + self.hook_sae_error(error)
+            x_hat = x_hat + self.hook_sae_error(self.missed(x, x))
         return self.hook_sae_output(x_hat)
+
+    def reconstruct(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D_out"]:
+        """decode(encode(x)), through the hook points on the way where somebody listens."""
+        return self._reconstruct_aloud(x) if self.listened_to() else super().forward(x)
+
+    @torch.no_grad()
+    def missed(self, x: Float[Tensor, "... D"], target: Tensor) -> Tensor:
+        """target - decode(encode(x)) as it is without hooks, of which none is called."""
+        return target - super().forward(x).reshape(target.shape)
 
     def _reconstruct_aloud(self, x: Tensor) -> Tensor:
         x_hat = self.decode(self.encode(x)).reshape(*x.shape[: x.ndim - 1], -1)
