@@ -14,6 +14,7 @@ _MODULES = {
     "hooked_sae": ["HookedSAE", "hooked"],
     "hooked_transformer": ["HookedSAETransformer"],
     "neuronpedia": ["get_neuronpedia_quick_list", "neuronpedia_url"],
+    "plain_model": ["SAEHuggingFaceModel"],
     "runner": ["LanguageModelSAETrainingRunner", "SAETrainingRunner"],
     "saes": ["SAE"],
     "training_saes": [

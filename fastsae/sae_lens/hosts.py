@@ -135,7 +135,7 @@ class HostsSAEs:
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Output and cache, the SAEs' points included."""
-        wanted = _filter(names_filter)
+        wanted = as_filter(names_filter)
         kept: dict[str, Tensor] = {}
         with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             hooks = [
@@ -177,7 +177,7 @@ class HostsSAEs:
         """As the model's own; `fwd_hooks` act on every forward pass of it."""
         ours, theirs = self._split(fwd_hooks)
         handles = [
-            self._listen(name, partial(hook, hook=_point(name)))
+            self._listen(name, partial(hook, hook=hook_point(name)))
             for chosen, hook in theirs
             for name in ([chosen] if isinstance(chosen, str) else filter(chosen, self._points()))
         ]
@@ -288,7 +288,7 @@ def _named(sae: SAE) -> dict[str, Any]:
     return {k: v for k, v in sae.cfg.metadata.items() if v is not None}
 
 
-def _point(name: str) -> HookPoint:
+def hook_point(name: str) -> HookPoint:
     """What a hook is told of the activation it is called with."""
     point = HookPoint()
     point.name = name
@@ -306,7 +306,7 @@ def _keep_in(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     return keep
 
 
-def _filter(names_filter: Any) -> Callable[[str], bool]:
+def as_filter(names_filter: Any) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda _: True
     if callable(names_filter):
