@@ -133,7 +133,8 @@ def test_what_a_temporal_sae_cannot_do_is_named():
 def test_rows_without_their_context_are_refused():
     from fastsae.evaluation.evaluate import evaluate
 
-    sae, nothing = TemporalSAE(TemporalConfig(**SHAPE)), Any
+    sae = TemporalSAE(TemporalConfig(**SHAPE))
+    nothing: Any = None
     with pytest.raises(ValueError, match="sae must read each row by itself to be evaluated on row"):
         evaluate(sae, nothing, nothing, nothing)
     with pytest.raises(ValueError, match=r"x must be sequences \[..., L, D\], got \[12\]"):
