@@ -4,10 +4,15 @@ Every provider starts from the same weights and returns a closure that trains on
 back the mean squared error summed over D, so that parity can be checked before anything is timed.
 """
 
+import importlib
+import importlib.util
+import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -142,6 +147,50 @@ def sparsify_step(start: Start) -> Step:
     return step
 
 
+def dictionary_learning_step(start: Start) -> Step:
+    """dictionary_learning's TopKTrainer, from its second step on: the first sets b_dec."""
+    case = start.case
+    trainer = _top_k_trainers().TopKTrainer(
+        steps=10**6,
+        activation_dim=case.D,
+        dict_size=case.F,
+        k=case.K,
+        layer=0,
+        lm_name="none",
+        lr=LR,
+        warmup_steps=0,
+        device="cpu",
+    )
+    with torch.no_grad():
+        trainer.ae.encoder.weight.copy_(start.W_enc.t())
+        trainer.ae.decoder.weight.copy_(start.W_dec.t())
+    steps = itertools.count(1)
+
+    def step(x: Tensor) -> float:
+        if start.dead is not None:
+            trainer.num_tokens_since_fired.masked_fill_(start.dead, 2 * 10**7)
+        with torch.no_grad():  # for the parity check: its loss weights AuxK otherwise
+            mse = (trainer.ae(x) - x).square().sum(-1).mean() if start.dead is not None else None
+        loss = trainer.update(next(steps), x)
+        return float(loss if mse is None else mse)
+
+    return step
+
+
+def _top_k_trainers() -> Any:
+    """The module without its package's `__init__`, which imports nnsight, which patches torch."""
+    name = "dictionary_learning"
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ImportError(f"{name} is not installed: pip install --no-deps {name}==0.1.0")
+        package = ModuleType(name)
+        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or [])
+        sys.modules[name] = package
+    with quiet():
+        return importlib.import_module(f"{name}.trainers.top_k")
+
+
 def plain_step(start: Start) -> Step:
     """The best plain PyTorch known: dense scores, `topk`, a bag for the decoder, fused Adam."""
     case = start.case
@@ -187,4 +236,7 @@ PROVIDERS: dict[str, Callable[[Start], Step]] = {
     "sae-lens": sae_lens_step,
     "sae-lens-accelerated": lambda start: sae_lens_step(start, accelerated=True),
     "sparsify": sparsify_step,
+    "dictionary-learning": dictionary_learning_step,
 }
+PEERS = ["fastsae", "sae-lens", "sae-lens-accelerated", "sparsify", "dictionary-learning"]
+"""What `--peers` compares: libraries, each as its users run it."""

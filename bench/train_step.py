@@ -2,11 +2,13 @@
 
 python -m bench.train_step                              # smollm2-135m-16k, every provider
 python -m bench.train_step --case smollm2-135m-65k --dead 0.05
+python -m bench.train_step --peers                      # other libraries, with memory
 python -m bench.train_step --memory                     # peak temporary memory
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from bench.cases import CASES, Case, Start, rows
 from bench.measure import interleaved, peak_extra_bytes, quantiles
-from bench.providers import PROVIDERS, Step, fastsae_step
+from bench.providers import PEERS, PROVIDERS, Step, fastsae_step
 from bench.record import append
 from fastsae_kernels import release_scratch, workspace
 
@@ -23,8 +25,13 @@ MEMORY_WORKSPACE = 32 << 20
 FIRST_STEP, THIRD_STEP = 1e-4, 1e-2  # relative difference of the loss
 
 
-def times(case: Case, providers: list[str], repeats: int, dead: float) -> list[dict[str, Any]]:
-    """Milliseconds of each provider, of the plain encoder GEMM, and their ratios."""
+def times(
+    case: Case, providers: list[str], repeats: int, dead: float, *, peaks: bool = False
+) -> list[dict[str, Any]]:
+    """Milliseconds of each provider, of the plain encoder GEMM, and their ratios.
+
+    With `peaks` also what a step needs at its peak beyond what is held between steps, MiB.
+    """
     start, x = Start.random(case, dead), rows(case)
     steps: dict[str, Step] = {name: PROVIDERS[name](start) for name in providers}
     # The third loss has been through two updates, so a wrong gradient shows; rivals that treat
@@ -49,6 +56,10 @@ def times(case: Case, providers: list[str], repeats: int, dead: float) -> list[d
     seconds = interleaved(runs, repeats)
     medians = {name: quantiles(s)["ms_p50"] for name, s in seconds.items()}
     gemm = min(medians["gemm"], medians["gemm-row-major"])
+    memory = {
+        name: {"peak_mib": round(peak_extra_bytes(runs[name]) / 2**20)} if peaks else {}
+        for name in runs
+    }
     shape = {"B": case.B, "D": case.D, "F": case.F, "K": case.K}
     return [
         {
@@ -60,6 +71,7 @@ def times(case: Case, providers: list[str], repeats: int, dead: float) -> list[d
             **quantiles(s),
             "over_gemm": round(medians[name] / gemm, 3),
             "over_fastsae": round(medians[name] / medians[providers[0]], 3),
+            **memory[name],
         }
         for name, s in seconds.items()
     ]
@@ -93,25 +105,44 @@ def _peak(step: Step, x: Tensor) -> int:
     return peak_extra_bytes(partial(step, x))
 
 
+def summary(ms: dict[str, float]) -> str:
+    """How often each peer's step holds ours, and SAELens's the accelerated one."""
+    ratios = [f"{ms[p] / ms['fastsae']:.2f} x over {p}" for p in PEERS[1:] if p in ms]
+    said = f"fastsae: {', '.join(ratios)}"
+    if {"sae-lens", "sae-lens-accelerated"} <= ms.keys():
+        said += f"; accelerated SAELens: {ms['sae-lens'] / ms['sae-lens-accelerated']:.2f} x"
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--case", choices=CASES, default="smollm2-135m-16k")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--peers", action="store_true", help=f"{', '.join(PEERS)}, and memory")
+    parser.add_argument("--batch-size", type=int, help="rows B, where not the case's")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents taken for dead")
     parser.add_argument("--memory", action="store_true", help="peak temporary memory instead")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
     case = CASES[args.case]
-    found = memory(case) if args.memory else times(case, args.providers, args.repeats, args.dead)
-    shown = ("provider", "ms_p20", "ms_p50", "ms_p80", "over_gemm", "over_fastsae")
+    case = replace(case, B=args.batch_size or case.B)
+    providers = PEERS if args.peers else args.providers
+    if args.memory:
+        found = memory(case)
+    else:
+        found = times(case, providers, args.repeats, args.dead, peaks=args.peers)
+    shown = ["provider", "ms_p20", "ms_p50", "ms_p80", "over_gemm", "over_fastsae"]
+    shown += ["peak_mib"] if args.peers else []
     columns = list(found[0])[2:] if args.memory else shown
     print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
-    print("  ".join(f"{c:>18}" for c in columns))
+    print("  ".join(f"{c:>20}" for c in columns))
     for row in found:
-        print("  ".join(f"{row[c]!s:>18}" for c in columns))
+        print("  ".join(f"{row[c]!s:>20}" for c in columns))
+    if args.peers:
+        print(summary({row["provider"]: row["ms_p50"] for row in found}))
     if args.save:
         print(f"appended to {append(args.save, found)}")
 

@@ -27,6 +27,8 @@ from fastsae.saes import SkipTranscoder as SkipTranscoder
 from fastsae.saes import SkipTranscoderConfig as SkipTranscoderConfig
 from fastsae.saes import StandardConfig as StandardConfig
 from fastsae.saes import StandardSAE as StandardSAE
+from fastsae.saes import TemporalConfig as TemporalConfig
+from fastsae.saes import TemporalSAE as TemporalSAE
 from fastsae.saes import TopKConfig as TopKConfig
 from fastsae.saes import TopKSAE as TopKSAE
 from fastsae.saes import Transcoder as Transcoder

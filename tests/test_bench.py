@@ -60,6 +60,19 @@ def test_a_provider_that_fails_parity_is_not_timed(monkeypatch, capsys):
     assert "broken" not in [row["provider"] for row in found]
 
 
+@pytest.mark.filterwarnings("ignore")  # the other libraries warn of themselves
+def test_the_peers_train_alike_and_are_compared(monkeypatch, capsys):
+    pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
+    monkeypatch.setitem(train_step.CASES, "smollm2-135m-16k", TINY)
+    monkeypatch.setattr(sys, "argv", ["train_step", "--peers", "--repeats", "1"])
+    train_step.main()
+    shown = capsys.readouterr().out
+    assert "parity failed" not in shown and "peak_mib" in shown
+    for peer in train_step.PEERS[1:]:
+        assert re.search(rf"[\d.]+ x over {peer}\b", shown), peer
+    assert re.search(r"accelerated SAELens: [\d.]+ x$", shown.strip())
+
+
 @pytest.mark.parametrize("dead", [0.0, 0.5])
 def test_implementations_train_alike(dead):
     start, x = Start.random(TINY, dead), rows(TINY)

@@ -77,7 +77,8 @@ def test_sparsify_both_ways(tmp_path, transcode):
     theirs.save_to_disk(tmp_path / "layers.3")
     ours = load_sae(tmp_path / "layers.3")
     assert detect(tmp_path / "layers.3") == "sparsify" and ours.cfg.architecture == "topk"
-    assert ours.cfg.metadata["hook_name"] == "layers.3"
+    assert ours.cfg.metadata["hook_name"] == "blocks.3.hook_resid_post"
+    assert ours.cfg.metadata["hf_hook_name"] == "layers.3"
     x = torch.randn(B, D)
     assert_same(ours(x), theirs(x).sae_out)
     save_checkpoint_as(ours, tmp_path / "back", "sparsify")
@@ -122,6 +123,7 @@ def trainers(name):
 
 DICTIONARY_LEARNING = {
     "AutoEncoder": lambda: dictionaries().AutoEncoder(D, F),
+    "AutoEncoderNew": lambda: dictionaries().AutoEncoderNew(D, F),
     "JumpReluAutoEncoder": lambda: dictionaries().JumpReluAutoEncoder(D, F),
     "GatedAutoEncoder": lambda: dictionaries().GatedAutoEncoder(D, F),
     "AutoEncoderTopK": lambda: trainers("top_k").AutoEncoderTopK(D, F, 5),
@@ -232,7 +234,9 @@ def test_gemma_scope_2(tmp_path, kind):
         "transcoder": "jumprelu_transcoder",
         "affine": "jumprelu_skip_transcoder",
     }
-    assert ours.cfg.architecture == wanted[kind] and ours.cfg.metadata["model_name"] == "gemma"
+    assert (
+        ours.cfg.architecture == wanted[kind] and ours.cfg.metadata["model_name"] == "google/gemma"
+    )
 
 
 def test_llama_scope(tmp_path):

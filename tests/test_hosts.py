@@ -10,7 +10,7 @@ import torch
 import fastsae
 from fastsae import SAES
 from fastsae.interop.pretrained import find
-from fastsae.sae_lens import SAE, SAETransformerBridge, hooked
+from fastsae.sae_lens import SAE, SAEHuggingFaceModel, SAETransformerBridge, hooked
 from parity import relative_error
 from tiny_models import save_tiny_llama
 
@@ -220,3 +220,131 @@ def test_the_directory_names_near_matches():
 def test_without_the_hub_a_release_says_how_to_go_on():
     with pytest.raises(OSError, match="with a local copy pass its folder as release"):
         SAE.from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+
+
+CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+GENERATION: Any = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture
+def gpt2():
+    """A plain GPT-2, whose layer norm leaves room for centring."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=D, n_layer=3, n_head=2, n_inner=32
+    )
+    model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
+    for name, value in model.named_parameters():
+        if "ln" not in name:
+            value.data.normal_(mean=0.1, std=0.3)
+    return model
+
+
+def test_a_plain_model_carries_saes(gpt2):
+    from fastsae.data import LanguageModel, capture, resolve_hook
+
+    no_tokenizer: Any = None
+    lm = LanguageModel("tiny", gpt2, no_tokenizer)
+    model, sae = SAEHuggingFaceModel(gpt2), hooked(make())
+    clean = gpt2(TOKENS).logits
+    out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae])
+    x = capture(lm, resolve_hook(lm, HOOK), TOKENS)
+    assert_same(cache[f"{HOOK}.hook_sae_input"], x)
+    assert_same(cache[f"{HOOK}.hook_sae_acts_post"], sae.encode(x))
+    assert_same(cache["blocks.2.hook_resid_pre"], sae(x))
+    assert_same(model.run_with_saes(TOKENS, saes=[sae]).logits, out.logits)
+    assert (out.logits - clean).abs().max() > 1e-3
+    same = model.run_with_saes(TOKENS, saes=[sae], use_error_term=True).logits
+    assert relative_error(same, clean) <= 1e-4
+
+    def ablate(acts, hook):
+        return 0 * acts
+
+    ablated = model.run_with_hooks_with_saes(
+        TOKENS, saes=[sae], fwd_hooks=[(f"{HOOK}.hook_sae_acts_post", ablate)]
+    )
+    assert (ablated.logits - out.logits).abs().max() > 1e-3
+    model.add_sae(sae)
+    with model.saes([hooked(make("standard"))]):
+        assert list(model.acts_to_saes) == [HOOK] and model.acts_to_saes[HOOK] is not sae
+    assert model.acts_to_saes[HOOK] is sae
+    model.reset_saes()
+    assert torch.equal(model(TOKENS).logits, clean)
+    with pytest.raises(ValueError, match="hook_name in the SAE's metadata must be a hook point"):
+        sae.cfg.metadata["hook_name"] = "blocks.7.hook_resid_post"
+        model.add_sae(sae)
+
+
+def test_a_plain_models_generation_honours_hooks(gpt2):
+    model = SAEHuggingFaceModel(gpt2)
+    plain = model.generate(TOKENS[:1], **GENERATION)
+    push = lambda x, hook: x + 50 * torch.linspace(-1, 1, D)
+    steered = model.generate(TOKENS[:1], fwd_hooks=[(HOOK, push)], **GENERATION)
+    assert not torch.equal(steered, plain)
+    assert torch.equal(model.generate(TOKENS[:1], **GENERATION), plain)
+
+
+def test_an_sae_of_a_centred_model_reads_the_same_on_every_model(gpt2, tmp_path):
+    """SAEs of TransformerLens's processed models, on that model, on the bridge and on the plain."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    sae = hooked(make("standard"))
+    sae.cfg.metadata.update(CENTRED)
+    point = f"{HOOK}.hook_sae_input"
+    plain = SAEHuggingFaceModel(gpt2)
+    out, cache = plain.run_with_cache_with_saes(TOKENS, saes=[sae])
+    _, raw = plain.run_with_cache(TOKENS, names_filter=HOOK)
+    x = raw[HOOK]
+    assert x.mean(-1).abs().min() > 1e-3, "nothing to centre"
+    assert_same(cache[point], x - x.mean(-1, keepdim=True))
+    assert_same(cache["blocks.2.hook_resid_pre"], sae(cache[point]) + x.mean(-1, keepdim=True))
+    gpt2.save_pretrained(tmp_path)
+    import copy
+
+    from fastsae.data import load_language_model
+
+    tokenizer = load_language_model().tokenizer
+    bridges = [
+        SAETransformerBridge.boot_transformers(
+            str(tmp_path), hf_model=copy.deepcopy(gpt2), tokenizer=tokenizer
+        )
+        for _ in range(2)
+    ]
+    bridges[1].enable_compatibility_mode(disable_warnings=True, fold_ln=False)
+    assert isinstance(bridges[0], TransformerBridge)
+    for bridge in bridges:
+        logits, found = bridge.run_with_cache_with_saes(TOKENS, saes=[sae])
+        assert relative_error(found[point], cache[point]) < 1e-4
+        got, want = (t.log_softmax(-1) for t in (logits, out.logits))
+        assert relative_error(got, want) < 1e-4  # unembeddings may be centred too
+
+
+def test_special_tokens_keep_their_activation(gpt2, bridge):
+    for model in (SAEHuggingFaceModel(gpt2), bridge):
+        sae = hooked(make())
+        excluded = [int(TOKENS[0, 0])]
+        kept = torch.isin(TOKENS, torch.tensor(excluded))
+        options = {"saes": [sae], "exclude_special_tokens": excluded}
+        _, cache = model.run_with_cache_with_saes(TOKENS, **options)
+        x, y = cache[f"{HOOK}.hook_sae_input"], cache[f"{HOOK}.hook_sae_output"]
+        assert torch.equal(y[kept], x[kept]) and kept.any()
+        assert (y[~kept] - x[~kept]).abs().min(-1).values.max() > 1e-4
+    with pytest.raises(ValueError, match="exclude_special_tokens must be token ids where the mod"):
+        SAEHuggingFaceModel(gpt2).run_with_saes(TOKENS, saes=[sae], exclude_special_tokens=True)
+
+
+@needs_peer
+def test_a_centred_model_is_not_what_an_uncentred_sae_was_trained_on():
+    from fastsae.sae_lens import HookedSAETransformer
+
+    model, sae = hooked_transformer(HookedSAETransformer), make()
+    sae.cfg.metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_sae(sae)
+    with torch.no_grad():
+        model.embed.W_E -= model.embed.W_E.mean(-1, keepdim=True)
+    with pytest.warns(UserWarning, match="model_from_pretrained_kwargs must be the model's, got"):
+        model.add_sae(sae)

@@ -5,11 +5,21 @@ The other variants are held to SAELens's dense ones in test_variants_parity.py.
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from fastsae import SAE, SAES, StandardConfig, StandardSAE, TopKConfig, TopKSAE
+from fastsae import (
+    SAE,
+    SAES,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    StandardConfig,
+    StandardSAE,
+    TopKConfig,
+    TopKSAE,
+)
 from parity import relative_error
 
 D, F, K = 12, 40, 5
@@ -334,7 +344,8 @@ def test_config_is_refused(message):
 @pytest.mark.parametrize("architecture", SAES)
 def test_forward_and_acts_carry_gradients(architecture):
     sae_class = SAES[architecture]
-    sae = sae_class(sae_class.config_class.from_dict({"d_in": 6, "d_sae": 20, "k": 3}))
+    shape = {"d_in": 6, "d_sae": 20, "k": 3, "n_heads": 2, "bottleneck_factor": 5}
+    sae = sae_class(sae_class.config_class.from_dict(shape))
     x = torch.randn(5, 6, requires_grad=True)
     sae(x).sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
@@ -354,3 +365,33 @@ def test_the_gradient_of_topk_acts_reaches_the_decoder_norms():
     h.relu().topk(3).values.sum().backward()
     assert sae.W_dec.grad is not None and W_dec.grad is not None
     assert torch.allclose(sae.W_dec.grad, W_dec.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("to_input", [False, True])
+def test_latents_that_fire_too_often_pay_the_frequency_penalty(to_input):
+    """c sum_j f_j max(0, log10(f_j / target)): the weight is constant, the frequency learns."""
+    torch.manual_seed(0)
+    shape: Any = {"d_in": 6, "d_sae": 20, "dtype": "float64", "l0_coefficient": 0.5}
+    shape |= {"jumprelu_bandwidth": 0.4, "jumprelu_ste_to_input": to_input}
+    with_it = JumpReLUSAE(JumpReLUConfig(frequency_coefficient=3.0, target_frequency=0.3, **shape))
+    without = JumpReLUSAE(JumpReLUConfig(**shape))
+    with torch.no_grad():
+        with_it.W_enc.normal_()
+        with_it.b_enc.normal_()
+    without.load_state_dict(with_it.state_dict())
+    x = torch.randn(50, 6, dtype=torch.float64)
+    found, plain = with_it.loss(x), without.loss(x)
+    h = x @ with_it.W_enc + with_it.b_enc
+    threshold = with_it.threshold.double()
+    frequency = (h > threshold).double().mean(0)
+    weight = 3.0 * (frequency / 0.3).clamp_min(1).log10()
+    assert 0 < int((weight > 0).sum()) < 20
+    expected = 0.5 * (frequency * weight).sum()
+    assert error(found.terms["frequency"], expected) < 1e-6
+    assert error(found.total, plain.total + expected) < 1e-6
+    got = torch.autograd.grad(found.total, [with_it.threshold, with_it.b_enc])
+    base = torch.autograd.grad(plain.total, [without.threshold, without.b_enc])
+    band = ((h - threshold).abs() < 0.2).double().sum(0) / 0.4 / len(x)
+    wanted = 0.5 * weight * band
+    assert error(got[0] - base[0], -wanted) < 1e-6
+    assert error(got[1], base[1] + wanted if to_input else base[1]) < 1e-6

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastsae.data.language_model import LanguageModel
 
@@ -48,6 +49,7 @@ _PLACES = {
     "hook_mlp_out": _Place(
         ("post_feedforward_layernorm", "mlp", "feed_forward", "block_sparse_moe"), "output"
     ),
+    "mlp.hook_in": _Place(("mlp", "feed_forward", "block_sparse_moe"), "input"),
     "attn.hook_z": _Place(tuple(f"{a}.{p}" for a in _ATTENTION for p in _PROJECTIONS), "input"),
 }
 
@@ -61,6 +63,16 @@ def resid_hook_name(layer: int) -> str:
     if layer < 0:
         raise ValueError(f"layer must be at least 0, got {layer}")
     return f"blocks.{layer}.hook_resid_post"
+
+
+def hook_names(lm: LanguageModel) -> list[str]:
+    """TransformerLens's names of the activations that a plain model has, layer by layer."""
+    names = [f"blocks.{layer}.{place}" for layer in range(lm.n_layers) for place in _PLACES]
+    found = []
+    for name in names:
+        with suppress(ValueError):
+            found.append(resolve_hook(lm, name).name)
+    return found
 
 
 def resolve_hook(lm: LanguageModel, name: str) -> HookPoint:
@@ -159,9 +171,20 @@ def d_at(lm: LanguageModel, hook: HookPoint) -> int:
 def _attached(
     lm: LanguageModel, hook: HookPoint, edit: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Send the hooked activation through `edit`, whichever way the module passes it.
+    handle = attach(lm, hook, edit)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attach(lm: LanguageModel, hook: HookPoint, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """From now on the hooked activation goes through `edit`, whichever way the module passes it.
 
     One with heads, [n, L, n_heads, d_head], goes through with its heads flattened.
+
+    Returns:
+        What takes `edit` off again, by `remove()`.
     """
 
     def flat(value: Tensor) -> Tensor:
@@ -180,13 +203,8 @@ def _attached(
 
     module = lm.model.get_submodule(hook.module_path)
     if hook.side == "output":
-        handle = module.register_forward_hook(on_output)
-    else:
-        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+        return module.register_forward_hook(on_output)
+    return module.register_forward_pre_hook(on_input, with_kwargs=True)
 
 
 def _tensor(value: Any, hook: HookPoint) -> Tensor:

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsae.data import Activations, HookPoint, LanguageModel
 from fastsae.data.batches import CHUNK_ROWS
 from fastsae.evaluation.loss_recovered import SpliceLoss, loss_recovered
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
-from fastsae.saes import SAE
+from fastsae.saes import SAE, TemporalSAE
+from fastsae.saes.centred import expects_centred_rows, has_layer_norm, mean_of
 
 
 @torch.no_grad()
@@ -29,7 +32,15 @@ def evaluate(
 
     Returns:
         `rows`, `all_rows` (see `definitions`), `cross_entropy` and the counts of rows left out.
+
+    Raises:
+        ValueError: the SAE reads sequences, and rows here have lost theirs.
     """
+    if isinstance(sae, TemporalSAE):
+        raise ValueError(
+            "sae must read each row by itself to be evaluated on rows, got a temporal SAE"
+        )
+    centred = expects_centred_rows(sae.cfg.metadata) and has_layer_norm(lm.model)
     metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
     kept = held_out.rows.split(CHUNK_ROWS)
     # Spread over the batches: a batch of first positions alone has no variance to explain.
@@ -38,6 +49,7 @@ def evaluate(
     done = 0
     for rows, others in zip(kept, excluded, strict=True):
         x = torch.cat([rows, others.to(rows.dtype)]).to(sae.device, torch.float32)
+        x = x - mean_of(x) if centred else x
         for name, part in (("rows", x[: len(rows)]), ("all", x)):
             code = sae.encode_sparse(part)
             x_hat = sae.decode(code).reshape(part.shape)
@@ -45,7 +57,13 @@ def evaluate(
         done += len(x)
         if progress is not None:
             progress(done, 2 * total)
-    found = loss_recovered(lm, hook, held_out.tokens, sae, row_filter=held_out.row_filter)
+
+    def reconstruct(x: Tensor) -> Tensor:
+        return sae(x - mean_of(x)) + mean_of(x)
+
+    spliced = partial(loss_recovered, lm, hook, held_out.tokens, row_filter=held_out.row_filter)
+    found = spliced(reconstruct if centred else sae)
+    as_they_are = spliced(sae, every_position=False) if centred else None
     if progress is not None:
         progress(2 * total, 2 * total)
     return {
@@ -58,6 +76,8 @@ def evaluate(
             "every_position": found.every_position and _loss(found.every_position),
             "untouched_fraction": found.untouched_fraction,
             "predicted_tokens": found.n_predicted,
+            # The SAE was trained without the rows' means: what taking them off is worth.
+            "rows_not_centred": as_they_are and _loss(as_they_are.trained_rows),
         },
         "left_out": {
             "first_positions": held_out.n_first,
@@ -97,6 +117,12 @@ def report_table(report: dict[str, Any]) -> str:
         "ce_loss_score": "CE loss score",
     }
     lines += [f"{n:28}{trained[key]:14.4f}{every[key]:14.4f}" for key, n in names.items()]
+    if ce["rows_not_centred"] is not None:
+        before = ce["rows_not_centred"]["ce_spliced"]
+        lines.append(
+            f"the SAE was trained on centred rows: CE {before:.4f} on rows as they are, "
+            f"{trained['ce_spliced']:.4f} on centred ones (above)"
+        )
     left_out = report["left_out"]
     lines.append(
         f"left out of the first column: {left_out['first_positions']} first positions, "

@@ -1,6 +1,7 @@
 """dictionary_learning: a trainer's folder with `config.json` and `ae.pt`.
 
 AutoEncoder:          acts = relu((x - bias) W_enc + b_enc), x_hat = acts W_dec + bias
+AutoEncoderNew:       acts = relu(x W_enc + b_enc), x_hat = acts W_dec + b_dec
 AutoEncoderTopK:      acts = the k largest of relu((x - b_dec) W_enc + b_enc)
 BatchTopKSAE, MatryoshkaBatchTopKSAE: the same acts where they are above one threshold
 JumpReluAutoEncoder:  acts = h where h > threshold, h = x W_enc + b_enc
@@ -8,6 +9,7 @@ GatedAutoEncoder:     gate and magnitude as in fastsae's GatedSAE
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,12 @@ from fastsae.files import replacing_together
 from fastsae.interop.checkpoint import Checkpoint, checkpoint, pick, read_json, read_tensors
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+SITES = {
+    "resid_post": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "mlp_out": "hook_mlp_out",
+    "attention_out": "hook_attn_out",
+}
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 
 
@@ -27,17 +35,34 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    trainer = pick(read_json(path / CONFIG), ["trainer"], path / CONFIG)[0]
+    config = read_json(path / CONFIG)
+    trainer = pick(config, ["trainer"], path / CONFIG)[0]
     kind = trainer.get("dict_class")
     if kind not in READERS:
         raise ValueError(
             f"dict_class must be one of {sorted(READERS)}, got {kind!r} in {path / CONFIG}"
         )
-    metadata = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name")}
+    metadata = {
+        "model_name": trainer.get("lm_name"),
+        "hook_name": _hook_name(trainer),
+        "context_size": (config.get("buffer") or {}).get("ctx_len"),
+    }
     source = path / WEIGHTS
     architecture, weights, fields = READERS[kind](read_tensors(source), source)
     known = {k: v for k, v in metadata.items() if v is not None}
     return checkpoint(architecture, weights, known, **fields)
+
+
+def _hook_name(trainer: dict[str, Any]) -> str | None:
+    """TransformerLens's name where the submodule's, such as resid_post_layer_12, says which it is;
+    the residual stream after `layer` where there is no name."""
+    name = trainer.get("submodule_name")
+    for site, hook in SITES.items():
+        layer = re.fullmatch(rf"{site}_layer_(\d+)", str(name))
+        if layer is not None:
+            return f"blocks.{layer[1]}.{hook}"
+    layer = trainer.get("layer")
+    return f"blocks.{layer}.hook_resid_post" if name is None and layer is not None else name
 
 
 Read = tuple[str, dict[str, Tensor], dict[str, Any]]
@@ -46,6 +71,12 @@ Read = tuple[str, dict[str, Tensor], dict[str, Any]]
 def _standard(tensors: dict[str, Tensor], source: Path) -> Read:
     W_enc, b_enc, W_dec, b_dec = pick(tensors, (*LINEAR, "bias"), source)
     return "standard", _weights(W_enc.t(), b_enc, W_dec.t(), b_dec), {}
+
+
+def _standard_uncentred(tensors: dict[str, Tensor], source: Path) -> Read:
+    W_enc, b_enc, W_dec, b_dec = pick(tensors, (*LINEAR, "decoder.bias"), source)
+    weights = _weights(W_enc.t(), b_enc, W_dec.t(), b_dec)
+    return "standard", weights, {"apply_b_dec_to_input": False}
 
 
 def _topk(tensors: dict[str, Tensor], source: Path) -> Read:
@@ -96,6 +127,7 @@ def _weights(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> dict
 
 READERS: dict[str, Callable[[dict[str, Tensor], Path], Read]] = {
     "AutoEncoder": _standard,
+    "AutoEncoderNew": _standard_uncentred,
     "AutoEncoderTopK": _topk,
     "BatchTopKSAE": _batch_topk,
     "MatryoshkaBatchTopKSAE": _matryoshka,
@@ -114,12 +146,15 @@ def write(made: Checkpoint, path: Path) -> None:
         "lm_name": config["metadata"].get("model_name"),
         "submodule_name": config["metadata"].get("hook_name"),
     }
-    if architecture in ("standard", "topk", "gated") and not config["apply_b_dec_to_input"]:
+    if architecture in ("topk", "gated") and not config["apply_b_dec_to_input"]:
         raise ValueError(
             f"apply_b_dec_to_input must be True for a {architecture} SAE of dictionary_learning, "
             "which always subtracts b_dec, got False"
         )
-    if architecture == "standard":
+    if architecture == "standard" and not config["apply_b_dec_to_input"]:
+        trainer["dict_class"] = "AutoEncoderNew"
+        tensors = linear | {"encoder.bias": weights["b_enc"], "decoder.bias": weights["b_dec"]}
+    elif architecture == "standard":
         trainer["dict_class"] = "AutoEncoder"
         tensors = linear | {"encoder.bias": weights["b_enc"], "bias": weights["b_dec"]}
     elif architecture == "topk":

@@ -9,10 +9,15 @@ import torch
 from fastsae.interop import (
     dictionary_learning,
     gemma_scope,
+    gpt2_attention,
+    layer_transcoders,
+    linear_layers,
     llama_scope,
     openai,
+    qwen_scope,
     saelens,
     sparsify,
+    temporal,
 )
 from fastsae.interop.checkpoint import Checkpoint
 from fastsae.saes import SAE
@@ -22,9 +27,15 @@ FORMATS: Mapping[str, ModuleType] = {
     "saelens": saelens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
-    "openai": openai,
     "gemma_scope": gemma_scope,
     "llama_scope": llama_scope,
+    "temporal": temporal,
+    "qwen_scope": qwen_scope,
+    "layer_transcoders": layer_transcoders,
+    "gpt2_attention": gpt2_attention,
+    # The last two look into the file.
+    "openai": openai,
+    "linear_layers": linear_layers,
 }
 WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "write"))
 
@@ -36,11 +47,11 @@ def detect(path: Path) -> str:
         FileNotFoundError: nothing is there.
         ValueError: it is in none of the formats.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"path must be a checkpoint, got {path} and nothing there")
     for name, module in FORMATS.items():
         if module.matches(path):
             return name
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a checkpoint, got {path} and nothing there")
     found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "another kind of file"
     raise ValueError(f"path must be in one of the formats {list(FORMATS)}, got {path}: {found}")
 

@@ -55,7 +55,7 @@ def accelerate(training_sae: Any) -> Any:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         set_coefficients(ours, step_input.coefficients)
         with torch.autocast(x.device.type, enabled=False):
-            found = ours.loss(x.reshape(-1, *_row_shape(ours, x)), step_input.dead_neuron_mask)
+            found = ours.loss(x.reshape(-1, ours.cfg.d_in), step_input.dead_neuron_mask)
         losses = {their_name(name): value for name, value in found.terms.items()}
         if getattr(ours.cfg, "aux_loss_coefficient", 0):
             losses.setdefault(TERMS["auxk"], found.total.new_zeros(()))
@@ -97,10 +97,6 @@ def set_coefficients(ours: SAE, coefficients: dict[str, float]) -> None:
             values |= {f"{name}_coefficient": value, f"{name}_warm_up_steps": 0}
     if any(getattr(ours.cfg, name) != value for name, value in values.items()):
         ours.cfg = replace(ours.cfg, **values)
-
-
-def _row_shape(ours: SAE, x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape[-2:] if ours.cfg.reshape_activations == "hook_z" else x.shape[-1:])
 
 
 def their_name(name: str) -> str:

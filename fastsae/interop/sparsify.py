@@ -5,7 +5,9 @@ acts = the k largest of relu((x - b_dec) W_enc + b_enc), x_hat = acts W_dec + b_
 """
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,13 @@ from fastsae.files import replacing_together
 from fastsae.interop.checkpoint import Checkpoint, checkpoint, pick, read_json, read_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+HOOKPOINT = re.compile(r"(?:.+\.)?(?:layers|h)[._](\d+)(?:\.(mlp|self_attn|attn))?")
+SITES = {
+    None: "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "self_attn": "hook_attn_out",
+    "attn": "hook_attn_out",
+}
 
 
 def matches(path: Path) -> bool:
@@ -40,11 +49,26 @@ def read(path: Path) -> Checkpoint:
     return checkpoint(
         "topk",
         weights,
-        {"hook_name": path.name} if "layers" in path.name else {},
+        _metadata(path),
         k=pick(config, ["k"], path / CONFIG)[0],
         apply_b_dec_to_input=not config.get("transcode", False),
         rescale_acts_by_decoder_norm=False,
     )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What the folder's name, a module of the Hugging Face model, and the run's config.json say."""
+    found: dict[str, Any] = {}
+    layer = HOOKPOINT.fullmatch(path.name)
+    if layer is not None:
+        found = {"hook_name": f"blocks.{layer[1]}.{SITES[layer[2]]}", "hf_hook_name": path.name}
+    elif path.name == "embed_tokens":
+        found = {"hook_name": "hook_embed", "hf_hook_name": path.name}
+    if (path.parent / "config.json").is_file():
+        run = read_json(path.parent / "config.json")
+        names = {"model_name": "model", "dataset_path": "dataset", "context_size": "ctx_len"}
+        found |= {ours: run[theirs] for ours, theirs in names.items() if theirs in run}
+    return found
 
 
 def write(made: Checkpoint, path: Path) -> None:

@@ -13,6 +13,8 @@ _MODULES = {
     "evals": ["EvalConfig", "get_eval_everything_config", "run_evals"],
     "hooked_sae": ["HookedSAE", "hooked"],
     "hooked_transformer": ["HookedSAETransformer"],
+    "neuronpedia": ["get_neuronpedia_quick_list", "neuronpedia_url"],
+    "plain_model": ["SAEHuggingFaceModel"],
     "runner": ["LanguageModelSAETrainingRunner", "SAETrainingRunner"],
     "saes": ["SAE"],
     "training_saes": [

@@ -11,7 +11,6 @@ from transformer_lens.hook_points import HookPoint
 
 from fastsae.analysis.neuronpedia import neuronpedia_url
 from fastsae.saes import SAE
-from fastsae.saes.transcoder import Transcodes
 
 POINTS = (
     "hook_sae_input",
@@ -51,6 +50,23 @@ class HookedSAE(SAE):
     def hook_dict(self) -> dict[str, HookPoint]:
         return {name: getattr(self, name) for name in POINTS}
 
+    def neuronpedia_url(self, latent: int) -> str:
+        """Where Neuronpedia shows a latent; see `fastsae.sae_lens.neuronpedia`."""
+        from fastsae.sae_lens.neuronpedia import neuronpedia_url
+
+        return neuronpedia_url(self, latent)
+
+    def get_name(self) -> str:
+        """Of the SAE in logs: sae_{model}_{hook}_{d_sae}."""
+        metadata = self.cfg.metadata
+        return f"sae_{metadata.get('model_name')}_{metadata.get('hook_name')}_{self.cfg.d_sae}"
+
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Nothing is to be done: `hook_z` rows are taken with heads apart and flattened."""
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        """Nothing is to be done: `hook_z` rows are taken with heads apart and flattened."""
+
     def listened_to(self) -> bool:
         """Whether any hook point has a hook."""
         return any(
@@ -74,25 +90,25 @@ class HookedSAE(SAE):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D_out"]:
         """decode(encode(x)), and what it misses where `use_error_term` is set."""
-        if not self.listened_to():
-            if not self.use_error_term:
-                return super().forward(x)
-            x_hat = super().forward(x)
-            return x_hat + (x - x_hat).detach()
-        x_hat = self._reconstruct_aloud(x)
+        x_hat = self.reconstruct(x)
         if self.use_error_term:
-            with torch.no_grad():
-                error = x - super().forward(x)
-            x_hat = x_hat + self.hook_sae_error(error)
+            x_hat = x_hat + self.hook_sae_error(self.missed(x, x))
         return self.hook_sae_output(x_hat)
+
+    def reconstruct(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D_out"]:
+        """decode(encode(x)), through the hook points on the way where somebody listens."""
+        return self._reconstruct_aloud(x) if self.listened_to() else super().forward(x)
+
+    @torch.no_grad()
+    def missed(self, x: Float[Tensor, "... D"], target: Tensor) -> Tensor:
+        """target - decode(encode(x)) as it is without hooks, of which none is called."""
+        return target - super().forward(x).reshape(target.shape)
 
     def _reconstruct_aloud(self, x: Tensor) -> Tensor:
         x_hat = self.decode(self.encode(x)).reshape(*x.shape[: x.ndim - 1], -1)
-        if self.cfg.reshape_activations == "hook_z":
+        if self.takes_heads_apart(x):
             x_hat = x_hat.reshape(x.shape)
-        if isinstance(self, Transcodes):
-            x_hat = x_hat + self._skipped(x.to(self.dtype))
-        return x_hat.to(x.dtype)
+        return (x_hat + self._skipped(x.to(self.dtype))).to(x.dtype)
 
     def run_with_hooks(self, x: Tensor, fwd_hooks: list[tuple[str, Hook]]) -> Tensor:
         """forward(x) with hooks `fn(value, hook)` that see, or replace, what passes a point."""

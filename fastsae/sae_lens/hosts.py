@@ -1,27 +1,26 @@
-"""TransformerLens models that carry SAEs: SAELens's calls, on HookedTransformer and on the bridge.
+"""Models that carry SAEs: SAELens's calls, on HookedTransformer and on the bridge.
 
 An SAE is attached by a forward hook of the hook point it belongs to, so that the model's modules
 stay what they are and its own hooks go on working.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from fastsae.sae_lens.attached import Attached
 from fastsae.sae_lens.hooked_sae import HookedSAE, hooked
 from fastsae.saes import SAE
+from fastsae.saes.centred import expects_centred_rows, has_layer_norm
 
-
-class _Attached(NamedTuple):
-    sae: HookedSAE
-    handles: list[Any]
-    use_error_term: bool
-
-
+MLP_INPUT = ".mlp.hook_in"
+"""A point of SAELens's that TransformerLens's own models lack: what goes into an MLP."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 Hook = tuple[Any, Callable[..., Any]]
 """A name, or a function of a name that chooses; and what is called with (value, hook=point)."""
 
@@ -33,7 +32,7 @@ class HostsSAEs:
     """
 
     @property
-    def _attached(self) -> dict[str, _Attached]:
+    def _attached(self) -> dict[str, Attached]:
         return self.__dict__.setdefault("_attached_saes", {})
 
     @property
@@ -41,15 +40,22 @@ class HostsSAEs:
         """The SAEs that are attached, by hook name."""
         return {name: attached.sae for name, attached in self._attached.items()}
 
-    def add_sae(self, sae: SAE, use_error_term: bool | None = None) -> None:
+    def add_sae(
+        self,
+        sae: SAE,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
+    ) -> None:
         """Attach an SAE: from now on the model continues from its output.
 
         A transcoder reads at `hook_name` and writes at `hook_name_out`. An SAE at the same hook is
-        replaced.
+        replaced. One that was trained on a centred residual stream gets its rows centred.
 
         Args:
             use_error_term: add what the SAE misses, so that the model computes as without it; None:
                 as the SAE says.
+            exclude_special_tokens: leave the activation alone at positions of these token ids;
+                True: the tokenizer's special ones.
 
         Raises:
             ValueError: the SAE names no hook, or one that the model lacks.
@@ -59,23 +65,22 @@ class HostsSAEs:
         self.reset_saes([name])
         sae = hooked(sae)
         assert isinstance(sae, HookedSAE)
-        error = sae.use_error_term if use_error_term is None else use_error_term
-        seen: list[Tensor] = []
-
-        def read(_module: Any, _args: Any, x: Tensor) -> None:
-            seen[:] = [x]
-
-        def write(_module: Any, _args: Any, original: Tensor) -> Tensor:
-            x = original if out == name else seen.pop()
-            with _error_term(sae, False):
-                x_hat = sae(x) if not error else _with_error(sae, x, original)
-            return x_hat.reshape(original.shape).to(original.dtype)
-
-        points = self.hook_dict  # type: ignore[attr-defined]
-        handles = [points[out].register_forward_hook(write)]
+        model = self._module()
+        attached = Attached(
+            sae,
+            use_error_term=sae.use_error_term if use_error_term is None else use_error_term,
+            centred=out == name and expects_centred_rows(_named(sae)) and has_layer_norm(model),
+            excluded=self._excluded(exclude_special_tokens),
+            tokens=lambda: self.__dict__["_tokens_of_pass"],
+        )
+        attached.handles.append(self._listen(out, attached.write))
         if out != name:
-            handles.append(points[name].register_forward_hook(read))
-        self._attached[name] = _Attached(sae, handles, error)
+            attached.handles.append(self._listen(name, attached.read))
+        if attached.excluded:
+            handle = self._embedding().register_forward_pre_hook(self._keep_tokens)
+            attached.handles.append(handle)
+        self._warn_of_processing(sae)
+        self._attached[name] = attached
 
     def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
         """Detach the SAEs at these hooks; None: all of them."""
@@ -91,19 +96,20 @@ class HostsSAEs:
         saes: SAE | Sequence[SAE] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
     ) -> Iterator[Any]:
         """Inside this context the SAEs are attached; those they replaced come back afterwards."""
         chosen = [saes] if isinstance(saes, SAE) else list(saes)
-        before = {name: (a.sae, a.use_error_term) for name, a in self._attached.items()}
+        before = [(a.sae, a.use_error_term, a.excluded) for a in self._attached.values()]
         try:
             for sae in chosen:
-                self.add_sae(sae, use_error_term)
+                self.add_sae(sae, use_error_term, exclude_special_tokens)
             yield self
         finally:
             if reset_saes_end:
                 self.reset_saes()
-                for sae, error in before.values():
-                    self.add_sae(sae, error)
+                for settings in before:
+                    self.add_sae(*settings)
 
     def run_with_saes(
         self,
@@ -111,10 +117,11 @@ class HostsSAEs:
         saes: SAE | Sequence[SAE] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> Any:
         """The model's output with these SAEs attached."""
-        with self.saes(saes, reset_saes_end, use_error_term):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             return self(*args, **kwargs)  # type: ignore[operator]
 
     def run_with_cache_with_saes(
@@ -123,13 +130,14 @@ class HostsSAEs:
         saes: SAE | Sequence[SAE] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         names_filter: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Output and cache, the SAEs' points included."""
-        wanted = _filter(names_filter)
+        wanted = as_filter(names_filter)
         kept: dict[str, Tensor] = {}
-        with self.saes(saes, reset_saes_end, use_error_term):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             hooks = [
                 (f"{name}.{point}", _keep_in(kept, f"{name}.{point}"))
                 for name, attached in self._attached.items()
@@ -153,11 +161,12 @@ class HostsSAEs:
         saes: SAE | Sequence[SAE] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         fwd_hooks: Sequence[Hook] = (),
         **kwargs: Any,
     ) -> Any:
         """The model's output with SAEs attached and hooks `fn(value, hook)` at points of either."""
-        with self.saes(saes, reset_saes_end, use_error_term):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             ours, theirs = self._split(fwd_hooks)
             with self._listening(ours):
                 return self.run_with_hooks(  # type: ignore[attr-defined]
@@ -167,12 +176,10 @@ class HostsSAEs:
     def generate(self, *args: Any, fwd_hooks: Sequence[Hook] = (), **kwargs: Any) -> Any:
         """As the model's own; `fwd_hooks` act on every forward pass of it."""
         ours, theirs = self._split(fwd_hooks)
-        points = self.hook_dict  # type: ignore[attr-defined]
         handles = [
-            _register(points[name], hook)
+            self._listen(name, partial(hook, hook=hook_point(name)))
             for chosen, hook in theirs
-            for name in points
-            if (chosen(name) if callable(chosen) else chosen == name)
+            for name in ([chosen] if isinstance(chosen, str) else filter(chosen, self._points()))
         ]
         try:
             with self._listening(ours):
@@ -193,9 +200,8 @@ class HostsSAEs:
         theirs: list[Hook] = [
             (chosen, hook) for chosen, hook in hooks if callable(chosen) or chosen not in own
         ]
-        points = self.hook_dict  # type: ignore[attr-defined]
         for chosen, _ in theirs:
-            if not callable(chosen) and chosen not in points:
+            if not callable(chosen) and not self._has_point(chosen):
                 raise ValueError(f"hook must be a hook point of the model, got {chosen!r}")
         return ours, theirs
 
@@ -211,10 +217,67 @@ class HostsSAEs:
             for handle in handles:
                 handle.remove()
 
+    def _module(self) -> nn.Module:
+        """What holds the model's norms."""
+        assert isinstance(self, nn.Module)
+        return self
+
+    def _points(self) -> Collection[str]:
+        """Names of the activations that can be listened to, for hooks that choose by name."""
+        return self.hook_dict  # type: ignore[attr-defined]
+
+    def _has_point(self, name: str) -> bool:
+        if name in self._points():
+            return True
+        modules = dict(self._module().named_modules()) if name.endswith(MLP_INPUT) else {}
+        return name.removesuffix(".hook_in") in modules
+
+    def _listen(self, name: str, see: Callable[[Tensor], Tensor | None]) -> Any:
+        """From now on `see` sees the activation, and replaces it where it returns one."""
+        if name not in self._points():
+            mlp = self._module().get_submodule(name.removesuffix(".hook_in"))
+            return mlp.register_forward_pre_hook(lambda _module, args: see(args[0]))
+        point = self.hook_dict[name]  # type: ignore[attr-defined]
+        return point.register_forward_hook(lambda _module, _args, out: see(out))
+
+    def _embedding(self) -> nn.Module:
+        """What is given the token ids."""
+        return self.embed  # type: ignore[attr-defined]
+
+    def _keep_tokens(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.__dict__["_tokens_of_pass"] = args[0]
+
+    def _excluded(self, chosen: bool | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(chosen, bool):
+            return tuple(chosen)
+        if not chosen:
+            return ()
+        tokenizer = getattr(self, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                "exclude_special_tokens must be token ids where the model has no tokenizer, "
+                "got True"
+            )
+        found = {getattr(tokenizer, name, None) for name in SPECIAL}
+        return tuple(sorted(i for i in found if i is not None))
+
+    def _warn_of_processing(self, sae: SAE) -> None:
+        """What was taken off the model cannot be put back."""
+        kwargs = _named(sae).get("model_from_pretrained_kwargs") or {}
+        W_E = getattr(self, "W_E", None)
+        if kwargs.get("center_writing_weights") is not False or not isinstance(W_E, Tensor):
+            return
+        if bool((W_E.mean(-1).abs() < 1e-4 * W_E.abs().mean()).all()):
+            warnings.warn(
+                "the SAE's model_from_pretrained_kwargs must be the model's, got "
+                "center_writing_weights=False and a model whose residual stream is centred: load "
+                "the model with these arguments",
+                stacklevel=3,
+            )
+
     def _hook_name(self, sae: SAE, field: str) -> str:
         name = _named(sae).get(field)
-        points = self.hook_dict  # type: ignore[attr-defined]
-        if name not in points:
+        if name is None or not self._has_point(str(name)):
             raise ValueError(
                 f"{field} in the SAE's metadata must be a hook point of the model, got {name!r}"
             )
@@ -225,34 +288,11 @@ def _named(sae: SAE) -> dict[str, Any]:
     return {k: v for k, v in sae.cfg.metadata.items() if v is not None}
 
 
-def _with_error(sae: HookedSAE, x: Tensor, original: Tensor) -> Tensor:
-    """What the SAE gives and what it misses of `original`, each through its hook point."""
-    x_hat = sae(x)
-    with torch.no_grad(), _silent(sae):
-        error = original - sae(x).reshape(original.shape)
-    return x_hat.reshape(original.shape) + sae.hook_sae_error(error)
-
-
-@contextmanager
-def _silent(sae: HookedSAE) -> Iterator[None]:
-    """Inside this context no hook of the SAE is called."""
-    held = {name: dict(point._forward_hooks) for name, point in sae.hook_dict.items()}
-    for point in sae.hook_dict.values():
-        point._forward_hooks.clear()
-    try:
-        yield
-    finally:
-        for name, point in sae.hook_dict.items():
-            point._forward_hooks.update(held[name])
-
-
-@contextmanager
-def _error_term(sae: HookedSAE, on: bool) -> Iterator[None]:
-    before, sae.use_error_term = sae.use_error_term, on
-    try:
-        yield
-    finally:
-        sae.use_error_term = before
+def hook_point(name: str) -> HookPoint:
+    """What a hook is told of the activation it is called with."""
+    point = HookPoint()
+    point.name = name
+    return point
 
 
 def _register(point: HookPoint, hook: Callable[..., Any]) -> Any:
@@ -266,7 +306,7 @@ def _keep_in(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     return keep
 
 
-def _filter(names_filter: Any) -> Callable[[str], bool]:
+def as_filter(names_filter: Any) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda _: True
     if callable(names_filter):

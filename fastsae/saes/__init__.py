@@ -25,6 +25,8 @@ from fastsae.saes.skip_transcoder import SkipTranscoder as SkipTranscoder
 from fastsae.saes.skip_transcoder import SkipTranscoderConfig as SkipTranscoderConfig
 from fastsae.saes.standard import StandardConfig as StandardConfig
 from fastsae.saes.standard import StandardSAE as StandardSAE
+from fastsae.saes.temporal import TemporalConfig as TemporalConfig
+from fastsae.saes.temporal import TemporalSAE as TemporalSAE
 from fastsae.saes.topk import TopKConfig as TopKConfig
 from fastsae.saes.topk import TopKSAE as TopKSAE
 from fastsae.saes.transcoder import JumpReLUTranscoder as JumpReLUTranscoder
@@ -44,6 +46,7 @@ SAES: dict[str, type[SAE]] = {
     "matryoshka_batchtopk": MatryoshkaBatchTopKSAE,
     "skip_transcoder": SkipTranscoder,
     "standard": StandardSAE,
+    "temporal": TemporalSAE,
     "topk": TopKSAE,
     "transcoder": Transcoder,
 }

@@ -39,6 +39,7 @@ class SAEConfig:
     architecture: ClassVar[str]
     file_defaults: ClassVar[Mapping[str, Any]] = {}
     """What a file means that does not state a field, where that is not the default here."""
+    normalizations: ClassVar[tuple[str, ...]] = get_args(Normalization)
 
     d_in: int
     """D, the width of the activations."""
@@ -52,7 +53,8 @@ class SAEConfig:
     """What is done to a row before encoding and undone after decoding. `expected_average_only_in`
     and `covariance_whitening` are done by the trainer and folded into the weights when it saves."""
     reshape_activations: Reshaping = "none"
-    """`hook_z` flattens rows [n_heads, d_head] on the way in and restores them on the way out."""
+    """`hook_z` flattens rows [n_heads, d_head] on the way in and restores them on the way out; rows
+    that come flattened, as in training, stay so."""
     decoder_init_norm: float = 0.1
     """Norm of W_dec's rows at initialisation."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -63,12 +65,12 @@ class SAEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, choices in (
-            ("normalize_activations", Normalization),
-            ("reshape_activations", Reshaping),
+            ("normalize_activations", self.normalizations),
+            ("reshape_activations", get_args(Reshaping)),
         ):
-            if getattr(self, name) not in get_args(choices):
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {list(get_args(choices))}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}"
                 )
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -200,7 +202,7 @@ class SAE(nn.Module, ABC):
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, zero where a latent is not active: for tools that expect [..., F]."""
         code = self.encode_sparse(x)
-        lead = x.shape[:-2] if self.cfg.reshape_activations == "hook_z" else x.shape[:-1]
+        lead = x.shape[:-2] if self.takes_heads_apart(x) else x.shape[:-1]
         return code.to_dense(self.cfg.d_sae).reshape(*lead, self.cfg.d_sae).to(x.dtype)
 
     def decode(self, acts: Float[Tensor, "... F"] | SparseCode | RaggedCode) -> Tensor:
@@ -234,6 +236,10 @@ class SAE(nn.Module, ABC):
         """The acts that multiply W_dec's rows."""
         return code
 
+    def _skipped(self, x: Tensor) -> Tensor | float:
+        """What reaches the output around the latents."""
+        return 0.0
+
     def _decode_dense(self, acts: Tensor) -> Tensor:
         return acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
@@ -242,14 +248,17 @@ class SAE(nn.Module, ABC):
         """What the encoder subtracts from its input."""
         return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
+    def takes_heads_apart(self, x: Tensor) -> bool:
+        """Whether the last two axes of x are [n_heads, d_head] of one row."""
+        return self.cfg.reshape_activations == "hook_z" and x.shape[-1] != self.cfg.d_in
+
     def _prepare(self, x: Tensor) -> Tensor:
         """Rows in the SAE's dtype, heads flattened and normalised as the configuration says."""
         return self._normalise(x.to(self.dtype))
 
     def _normalise(self, x: Tensor) -> Tensor:
-        if self.cfg.reshape_activations == "hook_z":
-            self._heads = x.shape[-2:]
-            x = x.flatten(-2)
+        self._heads = x.shape[-2:] if self.takes_heads_apart(x) else None
+        x = x if self._heads is None else x.flatten(-2)
         if x.shape[-1] != self.cfg.d_in:
             raise ValueError(
                 f"x must have shape [..., D] with D = {self.cfg.d_in}, got {list(x.shape)}"

@@ -12,8 +12,12 @@ FORMAT_VERSION = "6.54.12"
 METADATA = (
     "model_name",
     "hook_name",
+    "hook_name_out",
+    "hf_hook_name",
+    "hf_hook_name_out",
     "hook_layer",
     "hook_head_index",
+    "exclude_special_tokens",
     "model_class_name",
     "model_from_pretrained_kwargs",
     "context_size",

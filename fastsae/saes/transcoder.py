@@ -97,10 +97,6 @@ class Transcodes(SAE):
             total = total + per_row.sum()
         return replace(found, total=total, target=target)
 
-    def _skipped(self, x: Tensor) -> Tensor | float:
-        """What reaches the output around the latents."""
-        return 0.0
-
     @torch.no_grad()
     def initialise(
         self,
