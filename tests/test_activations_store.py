@@ -1,6 +1,7 @@
 """Contexts and activations are SAELens's; batches are a function of dataset and seed."""
 
 import warnings
+from typing import Any
 
 import datasets
 import pytest
@@ -31,12 +32,10 @@ def tokenizer():
 
 
 def store(lm=None, dataset=None, **options):
-    shape = {"hook_name": HOOK, "context_size": L, "store_batch_size_prompts": 4}
-    small = {"train_batch_size_tokens": 16, "n_batches_in_buffer": 8}
+    given: dict[str, Any] = {"hook_name": HOOK, "context_size": L, "store_batch_size_prompts": 4}
+    given |= {"train_batch_size_tokens": 16, "n_batches_in_buffer": 8} | options
     lm = tiny_llama() if lm is None else lm
-    return ActivationsStore(
-        lm, tokenized() if dataset is None else dataset, **shape | small | options
-    )
+    return ActivationsStore(lm, tokenized() if dataset is None else dataset, **given)
 
 
 def with_tokenizer(tokenizer):

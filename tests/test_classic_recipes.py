@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ class Recipes:
 
     def __init__(self, change):
         self.blocks, self.change, self.done = recipes(), change, 0
-        self.names: dict[str, object] = {"__name__": "tutorials"}
+        self.names: dict[str, Any] = {"__name__": "tutorials"}
 
     def upto(self, title):
         torch.set_grad_enabled(True)

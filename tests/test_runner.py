@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastsae
+from fastsae.data import LanguageModel
 from fastsae.interop.formats import save_checkpoint_as
 from fastsae.sae_lens import (
     SAE,
@@ -72,7 +73,7 @@ def lm():
 
     tiny = tiny_llama()
     tokenizer: Any = SimpleNamespace(all_special_ids=[0], bos_token_id=0, eos_token_id=0)
-    return fastsae.data.LanguageModel("tiny", tiny.model, tokenizer)
+    return LanguageModel("tiny", tiny.model, tokenizer)
 
 
 def runner(cfg, lm, **options):

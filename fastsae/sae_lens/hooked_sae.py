@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from fastsae.analysis.neuronpedia import neuronpedia_url
+from fastsae.sae_lens.neuronpedia import neuronpedia_url
 from fastsae.saes import SAE
 
 POINTS = (
@@ -52,8 +52,6 @@ class HookedSAE(SAE):
 
     def neuronpedia_url(self, latent: int) -> str:
         """Where Neuronpedia shows a latent; see `fastsae.sae_lens.neuronpedia`."""
-        from fastsae.sae_lens.neuronpedia import neuronpedia_url
-
         return neuronpedia_url(self, latent)
 
     def get_name(self) -> str:
@@ -128,10 +126,6 @@ class HookedSAE(SAE):
 
         out = self.run_with_hooks(x, [(name, keep) for name in POINTS])
         return out, cache
-
-    def neuronpedia_url(self, latent: int) -> str:
-        """The latent's page on Neuronpedia, by `cfg.metadata.neuronpedia_id`."""
-        return neuronpedia_url(self, latent)
 
     def _add(self, name: str, hook: Hook) -> Any:
         if name not in POINTS:

@@ -168,18 +168,13 @@ def _threshold(found: Groups, n_kept: int) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def specs() -> Iterator[Spec]:
-    names = ("first_keys", "second_keys", "rest", "tau", "sure_starts", "level_starts")
-    names += (
-        "open_starts",
-        "entry_keys",
-        "entry_rows",
-        "entry_columns",
-        "open_rows",
-        "open_groups",
-    )
+    keys = ["first_keys", "second_keys", "rest", "tau", "entry_keys"]
+    places = ["sure_starts", "level_starts", "open_starts"]
+    places += ["entry_rows", "entry_columns", "open_rows", "open_groups"]
+    sizes = dict.fromkeys(["n_rows", "n_groups", "n_kept"], "i32")
     yield Spec(
         "batch_topk.list_groups",
         _list_groups,
-        dict.fromkeys(names, "*i32") | dict.fromkeys(("n_rows", "n_groups", "n_kept"), "i32"),
+        dict.fromkeys(keys + places, "*i32") | sizes,
         {"SIZE": 64, "COLUMNS": 256, "STEP": 1024},
     )
