@@ -142,7 +142,7 @@ def test_a_run_goes_on_from_a_trained_sae(scaling):
     x = ROWS.batch(0)
     loss = second.sae.loss(second.scaling.apply(x))
     assert relative_error(second.export()(x), sae(x)) < 1e-3
-    assert float(loss.err.square().sum()) < 0.7 * float(
+    assert loss.err.square().sum() < 0.7 * (
         Trainer(second.cfg, device="cpu").sae.loss(second.scaling.apply(x)).err.square().sum()
     )
     assert second.sae.cfg == second.cfg.sae

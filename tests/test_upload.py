@@ -105,7 +105,7 @@ def test_nothing_is_uploaded_where_one_is_wrong(hub, tmp_path):
     with pytest.raises(ValueError, match="saes_dict must hold an SAE"):
         upload({})
     for sae_id in ("", "../up", "/root"):
-        with pytest.raises(ValueError, match="folders of the repository as ids, got"):
+        with pytest.raises(ValueError, match="folders inside the repository as ids, got"):
             upload({"good": topk(), sae_id: topk()})
     (tmp_path / "cfg.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"saes_dict\['b'\] .* without sae_weights"):
