@@ -98,9 +98,7 @@ def kernel_tests() -> tuple[list[Path], list[str]]:
     chosen, left_out = [], []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         names = _imports(path)
-        about_kernels = (
-            "parity" in names or path.stem.endswith("_kernel") or "row_adam" in path.stem
-        )
+        about_kernels = "fastsae_kernels" in names or path.stem in ("test_saes", "test_trainer")
         for helper in names & LOCAL:
             if (path.parent / f"{helper}.py").exists():
                 names |= _imports(path.parent / f"{helper}.py")

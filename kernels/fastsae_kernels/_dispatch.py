@@ -17,8 +17,8 @@ class Impl(str, Enum):
     REFERENCE = "reference"
 
 
-# Made here: torch.compile of torch 2.11 cannot trace going through an Enum.
-NAMES = [choice.value for choice in Impl]
+# Made here: torch.compile of torch 2.11 can trace neither going through an Enum nor calling it.
+CHOICES = {choice.value: choice for choice in Impl}
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -46,9 +46,10 @@ def resolve_impl(
         RuntimeError: the op has no such implementation, or it cannot run here.
         TypeError: the kernels were asked for and a tensor is fp64.
     """
-    if str(getattr(impl, "value", impl)) not in NAMES:
-        raise ValueError(f"impl must be one of {NAMES}, got {impl!r}")
-    impl = Impl(impl)
+    name = str(getattr(impl, "value", impl))
+    if name not in CHOICES:
+        raise ValueError(f"impl must be one of {list(CHOICES)}, got {impl!r}")
+    impl = CHOICES[name]
     if impl is Impl.AUTO:
         kernels = Impl.TRITON in available and device.type == "cuda" and TRITON_INSTALLED
         return Impl.TRITON if kernels and torch.float64 not in dtypes else Impl.EAGER

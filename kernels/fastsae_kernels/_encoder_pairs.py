@@ -32,11 +32,18 @@ class Encoder(NamedTuple):
     """[F]."""
 
 
-def product_rows(x: Tensor, b_pre: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x - b_pre in fp32 at least, and the same in the dtype of the product."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of the operands of a product with rows x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    centred = x.detach().to(wide) if b_pre is None else x.detach().to(wide) - b_pre.to(wide)
-    return centred, centred if x.device.type in FP32_PRODUCT_DEVICES else centred.to(x.dtype)
+    return wide if x.device.type in FP32_PRODUCT_DEVICES else x.dtype
+
+
+def centred(x: Tensor, b_pre: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x - b_pre, subtracted in fp32 at least and rounded to `dtype`, in one pass."""
+    if b_pre is None:
+        return x.detach().to(dtype)
+    shift = b_pre.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return torch.sub(x.detach(), shift, out=x.new_empty(x.shape, dtype=dtype))
 
 
 def with_gradients(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
-from fastsae_kernels._encoder_pairs import product_rows
+from fastsae_kernels._encoder_pairs import centred, product_dtype
 from fastsae_kernels._workspace import workspace_bytes
 from fastsae_kernels.decode.ops import gather_sum, pair_dots
 from fastsae_kernels.grouping.eager import group_by_latent
@@ -46,8 +46,8 @@ def aux_topk_sums(
     absolute: bool,
     impl: Impl,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    centred, scored = product_rows(x, b_pre)
-    wide = centred.dtype
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shifted = centred(x, b_pre, wide)
     err = err.to(wide)
     latents = dead.nonzero().squeeze(1)
     rows = _Dictionary(
@@ -60,12 +60,12 @@ def aux_topk_sums(
     k_aux = min(half, len(latents))
     if k_aux == 0 or len(x) == 0:
         d_enc, d_b_enc, d_dec = (torch.zeros_like(t) for t in rows[:3])
-        return centred.new_zeros(()), latents, d_enc, d_b_enc, d_dec
+        return shifted.new_zeros(()), latents, d_enc, d_b_enc, d_dec
     weight = min(len(latents) / half, 1) / len(x)
     if absolute or len(latents) <= DENSE_BELOW[impl] * k_aux:
-        sums = _dense(centred, err, rows, k_aux, absolute)
+        sums = _dense(shifted, err, rows, k_aux, absolute)
     else:
-        sums = _sparse(centred, scored, err, rows, k_aux, impl)
+        sums = _sparse(shifted, shifted.to(product_dtype(x)), err, rows, k_aux, impl)
     d_enc, d_b_enc, d_dec = (grad.mul_(2 * weight) for grad in sums[1:])
     return sums.loss * weight, latents, d_enc, d_b_enc, d_dec
 

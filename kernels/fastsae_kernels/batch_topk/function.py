@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
-from fastsae_kernels._encoder_pairs import Encoder, product_rows, with_gradients
+from fastsae_kernels._encoder_pairs import Encoder, centred, product_dtype, with_gradients
 from fastsae_kernels.batch_topk.ops import select_batch_topk
 from fastsae_kernels.code import RaggedCode
 
@@ -19,7 +19,7 @@ def batch_topk_encode(
 ) -> RaggedCode:
     encoder = Encoder(x, W_enc, b_enc, b_pre, scale)
     with torch.no_grad():
-        _, rows = product_rows(x, b_pre)
+        rows = centred(x, b_pre, product_dtype(x))
         weight = W_enc if W_compute is None else W_compute
         found = select_batch_topk(rows, weight, b_enc, n_kept, scale, impl)
     row_offsets, indices, acts = found

@@ -26,7 +26,7 @@ from fastsae_kernels.grouping import row_sum
 CHUNK = 256
 """Pairs that one program adds up."""
 
-_SLICE_BYTES = 20 << 20
+_SLICE_BYTES = 10 << 20
 """Of the operand, in the columns that programs which run together read: each row is read by tens of
 latents, and the L2 cache of a data-centre GPU holds this much besides what streams through it."""
 

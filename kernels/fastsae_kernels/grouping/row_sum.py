@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
 
-TILE_BYTES, _COLS, _WARPS = 16 << 10, 512, 4
+TILE_BYTES, _COLS, _WARPS = 8 << 10, 512, 4
 """Of the table in one step of a program, its columns and warps."""
 
 _LEAST_ROWS, _MOST_BLOCKS = 128, 1024

@@ -96,15 +96,19 @@ class _MSEL1Loss(torch.autograd.Function):
         ctx.n_rows, ctx.d_sae, ctx.impl, ctx.sink = len(x), len(W_dec), impl, sink
         ctx.dtypes = W_dec.dtype, b_dec.dtype
         ctx.mark_non_differentiable(err)
+        ctx.set_materialize_grads(False)  # a [B, D] of zeros, for err
         return mse, l1, err
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_mse: Tensor, g_l1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, g_mse: Tensor | None, g_l1: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         acts, dots, operand, mean_err, l1_weight, *saved = ctx.saved_tensors
         row_offsets, indices, share, *groups = saved
         needs_acts, needs_W, needs_b, needs_weight = ctx.needs_input_grad[:4]
         W_dtype, b_dtype = ctx.dtypes
+        g_mse, g_l1 = (acts.new_zeros(()) if g is None else g for g in (g_mse, g_l1))
         # Of each entry, or of all of them, in the mean over rows.
         shares = 1 / ctx.n_rows if share is None else share[entry_rows(row_offsets, indices).long()]
         per_mse, per_l1 = 2 * shares * g_mse, shares * g_l1

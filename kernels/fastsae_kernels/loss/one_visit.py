@@ -22,7 +22,7 @@ from fastsae_kernels._triton import Spec, device_of, jit, padded
 MOST_SLOTS = 256
 """With more entries a block of `_LEAST_ROW_BYTES` would not fit the shared memory of every GPU."""
 
-TILE_BYTES = 16384
+TILE_BYTES = 8192
 """Of W_dec in one block: the wider its rows the fewer barriers, but the fewer programs."""
 
 STAGES = 3

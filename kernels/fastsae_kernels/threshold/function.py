@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsae_kernels._dispatch import Impl
-from fastsae_kernels._encoder_pairs import Encoder, product_rows, with_gradients
+from fastsae_kernels._encoder_pairs import Encoder, centred, product_dtype, with_gradients
 from fastsae_kernels._row_grads import RowGrad, emit_dense, row_grads_of
 from fastsae_kernels.code import RaggedCode, entry_rows
 from fastsae_kernels.grouping.eager import group_by_latent
@@ -25,11 +25,12 @@ def threshold_encode(
 ) -> RaggedCode:
     encoder = Encoder(x, W_enc, b_enc, b_pre, scale)
     with torch.no_grad():
-        centred, rows = product_rows(x, b_pre)
+        rows = centred(x, b_pre, product_dtype(x))
+        wide = torch.promote_types(x.dtype, torch.float32)
         if isinstance(threshold, Tensor):
-            limit = threshold.to(centred.dtype).expand(len(b_enc)).contiguous()
+            limit = threshold.to(wide).expand(len(b_enc)).contiguous()
         else:
-            limit = torch.full_like(b_enc, threshold, dtype=centred.dtype)
+            limit = torch.full_like(b_enc, threshold, dtype=wide)
         weight = W_enc if W_compute is None else W_compute
         found = select_above(rows, weight, b_enc, scale, limit, impl)
     row_offsets, indices, acts = found
@@ -49,8 +50,8 @@ def jumprelu_encode(
 ) -> tuple[RaggedCode, Tensor]:
     encoder = Encoder(x, W_enc, b_enc, b_pre, None)
     with torch.no_grad():
-        centred, rows = product_rows(x, b_pre)
-        theta = threshold.to(centred.dtype)
+        rows = centred(x, b_pre, product_dtype(x))
+        theta = threshold.to(torch.promote_types(x.dtype, torch.float32))
         weight = W_enc if W_compute is None else W_compute
         band = select_above(rows, weight, b_enc, None, theta - bandwidth / 2, impl)
         row_offsets, indices, pre_acts = band

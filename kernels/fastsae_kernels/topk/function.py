@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
-from fastsae_kernels._encoder_pairs import Encoder, product_rows, with_gradients
+from fastsae_kernels._encoder_pairs import Encoder, centred, product_dtype, with_gradients
 from fastsae_kernels.code import SparseCode
 from fastsae_kernels.topk.ops import select_topk
 
@@ -20,7 +20,7 @@ def topk_encode(
     flat = x.reshape(-1, x.shape[-1])
     encoder = Encoder(flat, W_enc, b_enc, b_pre, scale)
     with torch.no_grad():
-        _, rows = product_rows(flat, b_pre)
+        rows = centred(flat, b_pre, product_dtype(flat))
         weight = W_enc if W_compute is None else W_compute
         acts, indices = select_topk(rows, weight, b_enc, k, scale, signed=False, impl=impl)
     acts, groups = with_gradients(None, indices, acts, acts, encoder, W_compute, rows, impl)

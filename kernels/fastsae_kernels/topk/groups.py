@@ -33,18 +33,15 @@ class Tile(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
-    """128 of a thread let two programs of 8 warps share a multiprocessor: one's epilogue runs
-    under the other's product."""
 
 
 HALF_TILES = (
+    Tile(128, 256, 64, 8, 4),
     Tile(128, 256, 64, 8, 3),
-    Tile(64, 256, 64, 8, 2, 128),
+    Tile(128, 128, 64, 4, 3),
     Tile(128, 128, 64, 8, 3),
-    Tile(128, 128, 64, 4, 4),
 )
-SMALL_TILE = HALF_TILES[2]
+SMALL_TILE = HALF_TILES[3]
 """For epilogues that need more registers, and GPUs with 100 KB of shared memory."""
 HIP_TILE = Tile(128, 128, 32, 8, 2)
 FLOAT_TILES = (Tile(64, 128, 16, 8, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3))
@@ -101,14 +98,113 @@ def _group_top2(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    if PERSISTENT:
+        # A program goes through several tiles and has the next one's operands on their way during
+        # an epilogue: the loops are flattened, and the pipeline runs across tiles.
+        n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(d_sae, COLUMNS)
+        for number in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
+            _tile_top2(
+                number,
+                x,
+                W_enc,
+                offset,
+                scale,
+                limit,
+                first_keys,
+                second_keys,
+                rest,
+                n_rows,
+                d_in,
+                d_sae,
+                n_groups,
+                stride_x,
+                stride_d,
+                stride_f,
+                SCALED,
+                LIMITED,
+                SIGNED,
+                DESCRIPTORS,
+                EVEN,
+                UPCAST,
+                CANONICAL_NAN,
+                SIZE,
+                ROWS,
+                COLUMNS,
+                DEPTH,
+                BAND,
+            )
+    else:
+        _tile_top2(
+            tl.program_id(0),
+            x,
+            W_enc,
+            offset,
+            scale,
+            limit,
+            first_keys,
+            second_keys,
+            rest,
+            n_rows,
+            d_in,
+            d_sae,
+            n_groups,
+            stride_x,
+            stride_d,
+            stride_f,
+            SCALED,
+            LIMITED,
+            SIGNED,
+            DESCRIPTORS,
+            EVEN,
+            UPCAST,
+            CANONICAL_NAN,
+            SIZE,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            BAND,
+        )
+
+
+@jit
+def _tile_top2(
+    number,
+    x,
+    W_enc,
+    offset,
+    scale,
+    limit,
+    first_keys,
+    second_keys,
+    rest,
+    n_rows,
+    d_in,
+    d_sae,
+    n_groups,
+    stride_x,
+    stride_d,
+    stride_f,
+    SCALED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    CANONICAL_NAN: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
 ):
     # Programs that run together share rows and columns: bands of BAND row tiles, column by column.
     n_row_tiles = tl.cdiv(n_rows, ROWS)
     n_column_tiles = tl.cdiv(d_sae, COLUMNS)
-    program = tl.program_id(0)
-    band = program // (BAND * n_column_tiles)
+    band = number // (BAND * n_column_tiles)
     height = min(n_row_tiles - band * BAND, BAND)
-    inner = program - band * BAND * n_column_tiles
+    inner = number - band * BAND * n_column_tiles
     row_tile = band * BAND + inner % height
     column_tile = inner // height
 
@@ -378,9 +474,14 @@ def group_top2(
     second_keys, rest = torch.empty_like(first_keys), torch.empty_like(first_keys)
     descriptors = _takes_descriptors(x, W_enc)
     left, right = (x, W_enc) if not descriptors else _descriptors(x, W_enc, tile)
-    n_tiles = -(-len(x) // tile.rows) * n_column_tiles
+    n_programs = -(-len(x) // tile.rows) * n_column_tiles
+    # Of an fp32 product the epilogue is too small a part.
+    persistent = descriptors and x.dtype != torch.float32
+    if persistent:
+        properties = torch.cuda.get_device_properties(x.device)
+        n_programs = min(n_programs, properties.multi_processor_count)
     with device_of(x):
-        _group_top2[(n_tiles,)](
+        _group_top2[(n_programs,)](
             left,
             right,
             offset,
@@ -407,8 +508,10 @@ def group_top2(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            BAND=8,
-            **_launch_options(tile),
+            BAND=BAND,
+            PERSISTENT=persistent,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     return Groups(first_keys, second_keys, rest, Layout(tile.columns, size))
 
@@ -474,16 +577,11 @@ def values_of(keys: Tensor) -> Tensor:
     return (keys ^ ((keys >> 31) & (2**31 - 1))).view(torch.float32)
 
 
+BAND = 16
+"""Row tiles whose operands are read again while they are in L2."""
 SCORING_PROGRAMS = 2048
 """How many groups are listed only the device knows: so many programs share them."""
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-def _launch_options(tile: Tile) -> dict[str, int]:
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.max_registers is not None and not torch.version.hip:
-        options["maxnreg"] = tile.max_registers
-    return options
 
 
 def _takes_descriptors(x: Tensor, W_enc: Tensor) -> bool:
@@ -516,7 +614,7 @@ def _group_top2_spec(
     keys = dict.fromkeys(("first_keys", "second_keys", "rest"), "*i32")
     sizes = dict.fromkeys(("n_rows", "d_in", "d_sae", "n_groups", "stride_x", "stride_f"), "i32")
     return Spec(
-        f"topk.group_top2[{dtype}, {'x'.join(map(str, tile[:5]))}, groups of {size}"
+        f"topk.group_top2[{dtype}, {'x'.join(map(str, tile))}, groups of {size}"
         f"{', descriptors' if descriptors else ''}]",
         _group_top2,
         {**operands, "offset": "*fp32", "scale": "*fp32", "limit": "*fp32", **keys, **sizes},
@@ -533,13 +631,13 @@ def _group_top2_spec(
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
             "DEPTH": tile.depth,
-            "BAND": 8,
+            "BAND": BAND,
+            "PERSISTENT": descriptors and dtype != "fp32",
             **changed,
         },
         tile.num_warps,
         tile.num_stages,
-        tile.max_registers,
-        default,
+        default=default,
     )
 
 
