@@ -92,6 +92,7 @@ def _select_groups(
     ONE_BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     SLOTS: tl.constexpr,
+    SUBSETS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < n_rows
@@ -104,6 +105,17 @@ def _select_groups(
     # k are above or there is no bit left (tau is then the k-th largest key).
     tau = tl.full((ROWS,), LOWEST if SIGNED else 0, tl.int32)
     bit = tl.full((), LOWEST if SIGNED else 1 << 30, tl.int32)
+    if SUBSETS > 0:
+        # As many keys as there are subsets reach the least of their maxima: the bits in which that
+        # and the largest key agree are tau's.
+        maxima = tl.max(tl.reshape(first, (ROWS, BLOCK // SUBSETS, SUBSETS)), 1)
+        low = tl.maximum(tl.min(maxima, 1), 0)
+        apart = low ^ tl.max(maxima, 1)
+        for shift in tl.static_range(5):
+            apart |= apart >> (1 << shift)
+        unknown = tl.max(apart, 0)
+        tau = low & (unknown ^ -1)
+        bit = unknown ^ (unknown >> 1)
     settled = tl.zeros((ROWS,), tl.int32)
     above = tl.zeros((ROWS,), tl.int32)
     last = 0
@@ -345,6 +357,7 @@ def select_topk(
             ONE_BLOCK=n_groups <= block,
             STEP=_select_step(block, rows),
             SLOTS=chunk,
+            SUBSETS=_select_subsets(n_groups, k, signed),
             num_warps=_select_warps(block),
         )
         _sort_entries[(triton.cdiv(n_rows, few),)](
@@ -412,7 +425,12 @@ def _select_warps(block: int) -> int:
 
 
 def _select_step(block: int, rows: int) -> int:
-    return min(block, max(16, 512 * _select_warps(block) // rows))
+    return min(block, max(16, 256 * _select_warps(block) // rows))
+
+
+def _select_subsets(n_groups: int, k: int, signed: bool) -> int:
+    """k at least, of groups that one program holds; 0: tau is sought from the top bit on."""
+    return 0 if signed or n_groups > MOST_RESIDENT else padded(k)
 
 
 def specs() -> Iterator[Spec]:
@@ -443,6 +461,7 @@ def _select_spec(block: int, default: bool) -> Spec:
             "ONE_BLOCK": True,
             "STEP": _select_step(block, rows),
             "SLOTS": 64,
+            "SUBSETS": 64,
         },
         _select_warps(block),
         default=default,
