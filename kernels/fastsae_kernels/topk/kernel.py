@@ -397,7 +397,7 @@ def select_topk(
             COLUMNS=found.layout.columns,
             ROWS=few,
             CHUNK=chunk,
-            DEPTH=MERGE_TILE // found.layout.size,
+            DEPTH=MERGE_BYTES // W_enc.element_size() // found.layout.size,
             num_warps=MERGE_WARPS,
             **({} if torch.version.hip else {"maxnreg": MERGE_REGISTERS}),
         )
@@ -411,8 +411,8 @@ MOST_RESIDENT = 16384
 INTERPRETED_ROWS = 8
 """Rows that a program sorts or merges in the interpreter, which pays for each program; one on a
 GPU, where more would spill registers."""
-MERGE_TILE, MERGE_WARPS, MERGE_REGISTERS = 4096, 8, 128
-"""Weights that are read at a time when an open group is scored again: 8 KB in bf16."""
+MERGE_BYTES, MERGE_WARPS, MERGE_REGISTERS = 8192, 4, 128
+"""Of weights that are read at a time when an open group is scored again."""
 
 
 def _merge_chunk(k: int) -> int:
@@ -498,7 +498,7 @@ def _merge_spec(dtype: str, k: int, size: int) -> Spec:
             "COLUMNS": 256,
             "ROWS": 1,
             "CHUNK": _merge_chunk(k),
-            "DEPTH": MERGE_TILE // size,
+            "DEPTH": MERGE_BYTES // {"bf16": 2, "fp32": 4}[dtype] // size,
         },
         num_warps=MERGE_WARPS,
         max_registers=MERGE_REGISTERS,
