@@ -429,8 +429,9 @@ def _select_step(block: int, rows: int) -> int:
 
 
 def _select_subsets(n_groups: int, k: int, signed: bool) -> int:
-    """k at least, of groups that one program holds; 0: tau is sought from the top bit on."""
-    return 0 if signed or n_groups > MOST_RESIDENT else padded(k)
+    """k at least, of the groups that one program holds; 0: tau is sought from the top bit on."""
+    subsets = padded(k)
+    return 0 if signed or not 2 * subsets <= n_groups <= MOST_RESIDENT else subsets
 
 
 def specs() -> Iterator[Spec]:
