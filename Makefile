@@ -42,7 +42,7 @@ lint: $(VENV)/.test-$(TORCH)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.test-$(TORCH)
-	$(BIN)/python -m bench.train_step
+	HF_HUB_OFFLINE=1 $(BIN)/fastsae bench
 
 $(VENV)/.base-$(TORCH): pyproject.toml constraints.txt requirements-demo.txt requirements-peers.txt
 	$(PYTHON) -m venv --clear $(VENV_FLAGS) $(VENV)

@@ -1,5 +1,6 @@
 """Named shapes, after real uses, and inputs with the statistics of a residual stream."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 SAMPLE = Path(__file__).parent / "data" / "smollm2-135m-layer15-sample.safetensors"
 """Rows of SmolLM2-135M's residual stream, written by `python -m bench.quality --sample`."""
+SAMPLE_WIDTH = 576
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,59 @@ def real_rows() -> Tensor:
     return x * (x.shape[1] ** 0.5 / x.norm(dim=1).mean())
 
 
+def find_case(name: str) -> Case:
+    """A case by its name.
+
+    Raises:
+        ValueError: there is none; the message lists those that there are.
+    """
+    if name in CASES:
+        return CASES[name]
+    near = difflib.get_close_matches(name, CASES)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"case must be one of {list(CASES)}, got {name!r}{hint}")
+
+
+def batch(case: Case) -> Tensor:
+    """[B, D] rows: of a real language model where the sample's width is the case's."""
+    if case.D == SAMPLE_WIDTH:
+        real = real_rows()
+        return real[torch.arange(case.B) % len(real)]
+    return rows(case)
+
+
 @dataclass(frozen=True)
 class Start:
-    """The weights [D, F], [F, D] that every provider starts from, and what is taken for dead."""
+    """What every provider starts from: weights [D, F], [F, D], [F], and what is taken for dead."""
 
     case: Case
     W_enc: Tensor
     W_dec: Tensor
+    b_enc: Tensor
     dead: Tensor | None
+    device: torch.device
 
     @staticmethod
-    def random(case: Case, dead_fraction: float, seed: int = 0) -> "Start":
+    def random(
+        case: Case,
+        dead_fraction: float = 0.0,
+        seed: int = 0,
+        *,
+        skewed: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> "Start":
+        """Unit rows. `skewed`: a few latents fire on most rows, as in a trained SAE."""
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.randn(case.F, case.D, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
+        b_enc = torch.zeros(case.F)
+        if skewed:
+            # Scores of unit rows against rows of norm sqrt(D) are standard normal; half of the k
+            # latents of a row are then the same few.
+            often = torch.randperm(case.F, generator=generator)[: max(1, case.K // 2)]
+            b_enc[often] = 6.0
         dead = None
         if dead_fraction:
-            dead = torch.rand(case.F, generator=generator) < dead_fraction
-        return Start(case, W_dec.t(), W_dec, dead)
+            dead = (torch.rand(case.F, generator=generator) < dead_fraction).to(device)
+        W_dec = W_dec.to(device)
+        return Start(case, W_dec.t(), W_dec, b_enc.to(device), dead, torch.device(device))

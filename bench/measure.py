@@ -98,6 +98,13 @@ def launches(run: Run, calls: int = 3) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
+def out_of_memory(failure: BaseException) -> bool:
+    """Whether it says that memory could not be had, of a GPU or of the host."""
+    return isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)
+    )
+
+
 def quantiles(seconds: list[float]) -> dict[str, float]:
     """Milliseconds: p20, median, p80."""
     ordered = sorted(seconds)

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import CASES, Case, rows
+from bench.cases import CASES, Case, find_case, rows
 from bench.measure import interleaved, quantiles
 from bench.record import append
+from bench.roofline import Work
 from fastsae_kernels import (
     DenseGrad,
     Impl,
@@ -293,24 +294,26 @@ BY_NORM = ("topk_encode fwd+bwd",)
 """Scores that were rounded to bf16 choose other latents near the k-th: norms are compared."""
 
 
-def work(name: str, case: Case, element: int) -> tuple[float, float] | None:
-    """Multiply-adds twice, and bytes that no implementation can avoid; None if not counted.
+def work(name: str, case: Case, element: int) -> Work | None:
+    """What no implementation can avoid, every input read once and every output written once.
 
     `element` is the size of rows and copies; gradients, errors, masters and moments are fp32.
     """
     B, D, F, K = case.B, case.D, case.F, case.K
-    product, dictionary, gather = 2.0 * B * D * F, 4.0 * F * D, float(B * K * D)
-    return {
+    product, dictionary, rows = 2.0 * B * D * F, 4.0 * F * D, float(B * D)
+    table = float(element * D * min(F, B * K))  # rows of W_dec that are read at all
+    found = {
         "topk_encode": (product, 0.0),
-        "topk_encode fwd+bwd": (product, 4 * gather + dictionary),
-        "sparse_decode": (0.0, element * gather + 4 * B * D),
-        "mse_l1_loss fwd": (0.0, element * gather + (4 + element) * B * D),
-        "mse_l1_loss fwd+bwd": (0.0, (4 + element) * gather + dictionary),
-        "pair_dots": (0.0, element * gather + 4 * B * D),
-        "segment_sum": (0.0, 4 * gather + dictionary),
+        "topk_encode fwd+bwd": (product, element * rows + dictionary),
+        "sparse_decode": (0.0, table + 4 * rows),
+        "mse_l1_loss fwd": (0.0, table + (4 + element) * rows),
+        "mse_l1_loss fwd+bwd": (0.0, table + (8 + element) * rows + dictionary),
+        "pair_dots": (0.0, table + 4 * rows),
+        "segment_sum": (0.0, 4 * rows + dictionary),
         "row_adam": (0.0, 7 * dictionary),
-        "row_adam from pairs": (0.0, 4 * gather + 6.5 * dictionary),
+        "row_adam from pairs": (0.0, 4 * rows + 6.5 * dictionary),
     }.get(name)
+    return None if found is None else Work(*found)
 
 
 def ceilings(case: Case, device: str = "cpu") -> dict[str, float]:
@@ -383,9 +386,7 @@ def times(
         row["over_ours"] = round(row["ms_p50"] / ours, 2)
         needed = work(name, case, t.x.element_size())
         if limits is not None and needed is not None and provider not in NO_RIVAL:
-            flop, moved = needed
-            floor = flop / limits["gemm_gflops"] / 1e6 + moved / limits["copy_gbps"] / 1e6
-            row["roofline"] = round(floor / row["ms_p50"], 3)
+            row |= needed.row(row["ms_p50"], limits)
         found.append(row)
     return found
 
@@ -411,14 +412,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS))
-    parser.add_argument("--case", choices=CASES, default="smollm2-135m-16k")
+    parser.add_argument("--case", default="smollm2-135m-16k", help=", ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
     if interpreted():
         raise SystemExit("TRITON_INTERPRET must be unset: interpreted kernels are not timed")
-    case = CASES[args.case]
+    try:
+        case = find_case(args.case)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     limits = ceilings(case, args.device)
     print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}; ceilings {limits}")
     found, inputs = [], Inputs(case, args.device)

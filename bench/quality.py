@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.cases import SAMPLE
-from bench.providers import quiet, sae_lens_config
+from bench.providers.base import quiet
+from bench.providers.sae_lens import sae_lens_config
 from bench.record import RESULTS, append
 from fastsae import SAE, TopKConfig, TrainConfig, Trainer
 from fastsae.data import (

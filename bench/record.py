@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "sae-lens", "eai-sparsify")
+PACKAGES = ("torch", "triton", "sae-lens", "eai-sparsify", "dictionary-learning")
 
 
 def environment() -> dict[str, Any]:
@@ -22,6 +22,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        **(_gpu() if torch.cuda.is_available() else {}),
         **{name: _version(name) for name in PACKAGES},
         **_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -56,6 +57,18 @@ def _device() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _gpu() -> dict[str, str]:
+    """The driver, and the clocks at the moment and at most."""
+    names = {"driver": "driver_version", "sm_clock": "clocks.sm", "most_sm_clock": "clocks.max.sm"}
+    names |= {"memory_clock": "clocks.mem"}
+    query = ["nvidia-smi", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run([*query, "-i", "0"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(names, done.stdout.strip().split(", "), strict=False))
 
 
 def _version(package: str) -> str | None:

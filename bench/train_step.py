@@ -2,11 +2,16 @@
 
 python -m bench.train_step                              # smollm2-135m-16k, every provider
 python -m bench.train_step --case smollm2-135m-65k --dead 0.05
-python -m bench.train_step --peers                      # other libraries, with memory
+python -m bench.train_step --providers fastsae mine.py:step   # and somebody else's
+python -m bench.train_step --peers                      # other libraries only
 python -m bench.train_step --memory                     # peak temporary memory
+
+Every provider starts from the same weights. One whose losses differ, that is not installed or that
+runs out of memory becomes a row that says so, and is not timed.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,73 +20,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import CASES, Case, Start, rows
-from bench.measure import interleaved, peak_extra_bytes, quantiles
-from bench.providers import PEERS, PROVIDERS, Step, fastsae_step
+from bench.cases import Case, Start, batch, find_case, rows
+from bench.measure import interleaved, out_of_memory, peak_extra_bytes, quantiles
+from bench.ops import ceilings
+from bench.providers import PEERS, PROVIDERS, fastsae_step, find_provider
+from bench.providers.base import Step
 from bench.record import append
+from bench.roofline import step_work
 from fastsae_kernels import release_scratch, workspace
 
 MEMORY_WORKSPACE = 32 << 20
 FIRST_STEP, THIRD_STEP = 1e-4, 1e-2  # relative difference of the loss
+HALF_STEP = 2e-2
+"""Of the first loss, where one of the two computes in half precision."""
+
+Row = dict[str, Any]
 
 
 def times(
-    case: Case, providers: list[str], repeats: int, dead: float, *, peaks: bool = False
-) -> list[dict[str, Any]]:
-    """Milliseconds of each provider, of the plain encoder GEMM, and their ratios.
+    case: Case,
+    providers: list[str],
+    repeats: int,
+    dead: float = 0.0,
+    *,
+    skewed: bool = False,
+    device: str = "cpu",
+) -> list[Row]:
+    """A row a provider, the first of them being the anchor, and one for the plain encoder GEMM.
 
-    With `peaks` also what a step needs at its peak beyond what is held between steps, MiB.
+    Raises:
+        ValueError: a provider is neither known nor a function of a file.
     """
-    start, x = Start.random(case, dead), rows(case)
-    steps: dict[str, Step] = {name: PROVIDERS[name](start) for name in providers}
-    # The third loss has been through two updates, so a wrong gradient shows; rivals that treat
-    # the decoder otherwise (sparsify projects its gradient) differ there in the third digit.
-    losses = {name: [step(x) for _ in range(3)] for name, step in steps.items()}
-    anchor = losses[providers[0]]
-    failing = [
-        name
-        for name, found in losses.items()
-        if abs(found[0] / anchor[0] - 1) > FIRST_STEP or abs(found[2] / anchor[2] - 1) > THIRD_STEP
-    ]
-    for name in failing:
-        print(f"{name}: parity failed, mse {losses[name]} against {anchor}; not timed")
-    runs: dict[str, Callable[[], object]] = {
-        name: partial(step, x) for name, step in steps.items() if name not in failing
-    }
-    row_major = start.W_enc.contiguous()
-    out = torch.empty(case.B, case.F)
-    runs["gemm"] = lambda: torch.mm(x, start.W_enc)
-    runs["gemm-row-major"] = lambda: torch.mm(x, row_major)
-    runs["gemm-out"] = lambda: torch.mm(x, start.W_enc, out=out)
-    seconds = interleaved(runs, repeats)
+    found = {name: find_provider(name) for name in providers}
+    start = Start.random(case, dead, skewed=skewed, device=device)
+    x = batch(case).to(device)
+    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    shared = {"bench": "train_step", **shape, "dead": dead, "usage": _usage(skewed)}
+    steps: dict[str, Step] = {}
+    losses: dict[str, list[float]] = {}
+    failed: list[Row] = []
+    for name, provider in found.items():
+        why = _first_steps(name, provider.missing, partial(provider.build, start), x, steps, losses)
+        why = why or _differs(losses[name], losses[providers[0]], device)
+        if why is not None:
+            if name == providers[0]:
+                raise RuntimeError(f"{name} must run for others to be compared with it: {why}")
+            steps.pop(name, None)
+            failed.append({**shared, "provider": name, "failed": why})
+    runs: dict[str, Callable[[], object]] = {n: partial(step, x) for n, step in steps.items()}
+    runs |= _products(case, start, x)
+    limits = ceilings(case, device)
+    seconds = interleaved(runs, repeats, device=device)
     medians = {name: quantiles(s)["ms_p50"] for name, s in seconds.items()}
-    gemm = min(medians["gemm"], medians["gemm-row-major"])
-    memory = {
-        name: {"peak_mib": round(peak_extra_bytes(runs[name]) / 2**20)} if peaks else {}
-        for name in runs
+    gemm = min(ms for name, ms in medians.items() if name in ("gemm", "gemm-row-major"))
+    work = step_work(case, half=device == "cuda")
+    timed = []
+    for name, s in seconds.items():
+        row = {**shared, "provider": name, **quantiles(s)}
+        row["over_gemm"] = round(medians[name] / gemm, 3)
+        row["over_fastsae"] = round(medians[name] / medians[providers[0]], 3)
+        if name in steps:
+            row |= work.row(medians[name], limits)
+            row["peak_mib"] = round(peak_extra_bytes(runs[name], device) / 2**20)
+        timed.append(row | limits)
+    return timed + failed
+
+
+def _usage(skewed: bool) -> str:
+    return "skewed" if skewed else "uniform"
+
+
+def _first_steps(
+    name: str,
+    missing: Callable[[], str | None],
+    build: Callable[[], Step],
+    x: Tensor,
+    steps: dict[str, Step],
+    losses: dict[str, list[float]],
+) -> str | None:
+    """Build a provider and take its first three steps; why that did not work, or None."""
+    install = missing()
+    if install is not None:
+        return f"not installed: {install}"
+    try:
+        steps[name] = build()
+        # The third loss has been through two updates, so a wrong gradient shows; rivals that treat
+        # the decoder otherwise (sparsify projects its gradient) differ there in the third digit.
+        losses[name] = [steps[name](x) for _ in range(3)]
+    except Exception as failure:
+        if out_of_memory(failure):
+            return "out of memory"
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+    return None
+
+
+def _differs(losses: list[float], anchor: list[float], device: str) -> str | None:
+    first = FIRST_STEP if device == "cpu" else HALF_STEP
+    apart = [abs(a / b - 1) for a, b in zip(losses, anchor, strict=True)]
+    # "Not at or under" rather than "above": NaN is a difference.
+    if apart[0] <= first and apart[2] <= max(first, THIRD_STEP):
+        return None
+    return (
+        f"parity: mse {losses[0]:.6g} and {losses[2]:.6g}, not {anchor[0]:.6g} and {anchor[2]:.6g}"
+    )
+
+
+def _products(case: Case, start: Start, x: Tensor) -> dict[str, Callable[[], object]]:
+    """The encoder's product alone, in either memory order of the weight and into a fresh output."""
+    dtype = torch.bfloat16 if x.is_cuda else torch.float32
+    left, weight = x.to(dtype), start.W_enc.to(dtype)
+    row_major = weight.contiguous()
+    out = torch.empty(case.B, case.F, dtype=dtype, device=x.device)
+    return {
+        "gemm": lambda: torch.mm(left, weight),
+        "gemm-row-major": lambda: torch.mm(left, row_major),
+        "gemm-out": lambda: torch.mm(left, weight, out=out),
     }
-    shape = {"B": case.B, "D": case.D, "F": case.F, "K": case.K}
-    return [
-        {
-            "bench": "train_step",
-            "case": case.name,
-            **shape,
-            "dead": dead,
-            "provider": name,
-            **quantiles(s),
-            "over_gemm": round(medians[name] / gemm, 3),
-            "over_fastsae": round(medians[name] / medians[providers[0]], 3),
-            **memory[name],
-        }
-        for name, s in seconds.items()
-    ]
 
 
-def memory(case: Case) -> list[dict[str, Any]]:
+def memory(case: Case) -> list[Row]:
     """Peak bytes of a step beyond parameters, moments and three [B, D] fp32 tensors."""
     x = rows(case)
     with workspace(MEMORY_WORKSPACE):
-        step = fastsae_step(Start.random(case, 0.0))
+        step = fastsae_step(Start.random(case))
         step(x)
         # What else the process touches for the first time can only add to a measurement.
         peak = min(_peak(step, x) for _ in range(3)) - 3 * x.numel() * 4
@@ -92,6 +153,7 @@ def memory(case: Case) -> list[dict[str, Any]]:
             "bench": "train_step_memory",
             "case": case.name,
             "provider": "fastsae",
+            "F": case.F,
             "workspace_mib": MEMORY_WORKSPACE >> 20,
             "peak_temporary_mib": round(peak / 2**20, 1),
             "allowed_mib": round(allowed / 2**20, 1),
@@ -114,35 +176,46 @@ def summary(ms: dict[str, float]) -> str:
     return said
 
 
+SHOWN = ("provider", "ms_p20", "ms_p50", "ms_p80", "over_gemm", "over_fastsae", "roofline")
+SHOWN += ("peak_mib",)
+
+
+def show(found: list[Row], columns: tuple[str, ...] = SHOWN) -> None:
+    print("  ".join(f"{c:>20}" for c in columns))
+    for row in found:
+        if "failed" in row:
+            print(f"{row['provider']:>20}  not timed, {row['failed']}")
+        else:
+            print("  ".join(f"{row.get(c, '')!s:>20}" for c in columns))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--case", choices=CASES, default="smollm2-135m-16k")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--peers", action="store_true", help=f"{', '.join(PEERS)}, and memory")
+    parser.add_argument("--case", default="smollm2-135m-16k")
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS))
+    parser.add_argument("--peers", action="store_true", help=", ".join(PEERS))
     parser.add_argument("--batch-size", type=int, help="rows B, where not the case's")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents taken for dead")
+    parser.add_argument("--usage", choices=("uniform", "skewed"), default="uniform")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", action="store_true", help="peak temporary memory instead")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
-    case = CASES[args.case]
-    case = replace(case, B=args.batch_size or case.B)
-    providers = PEERS if args.peers else args.providers
-    if args.memory:
-        found = memory(case)
-    else:
-        found = times(case, providers, args.repeats, args.dead, peaks=args.peers)
-    shown = ["provider", "ms_p20", "ms_p50", "ms_p80", "over_gemm", "over_fastsae"]
-    shown += ["peak_mib"] if args.peers else []
-    columns = list(found[0])[2:] if args.memory else shown
+    try:
+        case = find_case(args.case)
+        case = replace(case, B=args.batch_size or case.B)
+        run = functools.partial(times, skewed=args.usage == "skewed", device=args.device)
+        providers = PEERS if args.peers else args.providers
+        found = memory(case) if args.memory else run(case, providers, args.repeats, args.dead)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
-    print("  ".join(f"{c:>20}" for c in columns))
-    for row in found:
-        print("  ".join(f"{row[c]!s:>20}" for c in columns))
+    show(found, tuple(found[0])[2:] if args.memory else SHOWN)
     if args.peers:
-        print(summary({row["provider"]: row["ms_p50"] for row in found}))
+        print(summary({row["provider"]: row["ms_p50"] for row in found if "ms_p50" in row}))
     if args.save:
         print(f"appended to {append(args.save, found)}")
 

@@ -1,6 +1,7 @@
-"""`fastsae train | eval | convert | demo`."""
+"""`fastsae train | eval | convert | bench | demo`."""
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -122,6 +123,21 @@ def evaluate_saved(args: Eval) -> None:
 def convert_saved(args: Convert) -> None:
     """Write a saved SAE in another library's format."""
     print(convert(args))
+
+
+def bench(arguments: list[str]) -> None:
+    """Compare training steps and whole jobs with other libraries; runs from a clone.
+
+    Raises:
+        RuntimeError: the benchmarks are not here, since fastsae was installed as a package.
+    """
+    if not (Path("bench") / "__main__.py").is_file():
+        raise RuntimeError(
+            "bench must be run from the root of a clone of the repository: the benchmarks are no "
+            f"part of the installed package, got {Path.cwd()}"
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    importlib.import_module("bench.__main__").main(arguments)
 
 
 def demo(args: Demo) -> None:
@@ -249,12 +265,15 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments[:1] == ["bench"]:  # has options of its own
+            return bench(arguments[1:])
         tyro = require("tyro", "train")
         tyro.extras.subcommand_cli_from_dict(
             {
                 "train": _train_options(_variant_in(arguments)),
                 "eval": evaluate_saved,
                 "convert": _convert_command(),
+                "bench": bench,
                 "demo": demo,
             },
             prog="fastsae",

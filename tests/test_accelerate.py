@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.providers import sae_lens_config
+from bench.providers.sae_lens import sae_lens_config
 from parity import relative_error
 
 D, F, B, STEPS = 16, 96, 64, 20

@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: parity gates, memory, rows, and what the tables say."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, measure, ops, quality, record, report, train_step
-from bench.cases import SAMPLE, Case, Start, real_rows, rows
+from bench import gpu_check, measure, ops, quality, record, report, roofline, scaling, train_step
+from bench.cases import SAMPLE, Case, Start, find_case, real_rows, rows
 from bench.gpu import harness, truth
-from bench.providers import fastsae_step
+from bench.providers import PROVIDERS, fastsae_step, find_provider
+from bench.providers.base import Provider
+from bench.report import plots
+from bench.report.gpu import gpu_lines
+from bench.report.rows import committed
 from fastsae_kernels import SparseCode
 
 ROOT = Path(__file__).parent.parent
@@ -52,22 +57,160 @@ def test_the_ceilings_are_positive():
 
 
 def test_a_provider_that_fails_parity_is_not_timed(monkeypatch, capsys):
-    from bench import providers
+    monkeypatch.setitem(PROVIDERS, "broken", Provider(lambda start: lambda x: 1e9))
+    found = train_step.times(TINY, ["fastsae", "broken"], repeats=1)
+    (row,) = [row for row in found if row["provider"] == "broken"]
+    assert row["failed"].startswith("parity: mse 1e+09") and "ms_p50" not in row
+    train_step.show(found)
+    assert "broken  not timed, parity" in capsys.readouterr().out
 
-    monkeypatch.setitem(providers.PROVIDERS, "broken", lambda start: lambda x: 1e9)
-    found = train_step.times(TINY, ["fastsae", "broken"], repeats=1, dead=0.0)
-    assert "broken: parity failed" in capsys.readouterr().out
-    assert "broken" not in [row["provider"] for row in found]
+
+def test_what_is_not_installed_or_does_not_fit_is_a_row_that_says_so(monkeypatch):
+    def too_large(start):
+        raise torch.OutOfMemoryError("of a GPU")
+
+    monkeypatch.setitem(
+        PROVIDERS, "absent", Provider(too_large, "no_such_module", "pip install it")
+    )
+    monkeypatch.setitem(PROVIDERS, "large", Provider(too_large))
+    found = train_step.times(TINY, ["fastsae", "absent", "large"], repeats=1)
+    said = {row["provider"]: row["failed"] for row in found if "failed" in row}
+    assert said == {"absent": "not installed: pip install it", "large": "out of memory"}
+
+
+def test_a_step_is_held_to_its_floor():
+    (row, *others) = train_step.times(TINY, ["fastsae"], repeats=1, skewed=True)
+    work = roofline.step_work(TINY, half=False)
+    assert work.flop == row["flop"] == 2 * 12 * 16 * 64
+    assert work.n_bytes == row["bytes"] == 24 * 2 * 64 * 16 + 4 * 12 * 2 * 16
+    assert row["roofline"] == pytest.approx(row["floor_ms"] / row["ms_p50"], abs=2e-3)
+    assert row["usage"] == "skewed" and {"gemm_gflops", "copy_gbps", "peak_mib"} <= row.keys()
+    assert [r["provider"] for r in others] == ["gemm", "gemm-row-major", "gemm-out"]
+
+
+def test_skewed_usage_lets_few_latents_fire_on_most_rows():
+    case = Case("skew", 256, 64, 512, 8)
+    start = Start.random(case, skewed=True)
+    h = rows(case) @ start.W_enc + start.b_enc
+    counts = h.topk(case.K, dim=1).indices.flatten().bincount(minlength=case.F)
+    assert int((counts > 128).sum()) == case.K // 2
+
+
+def test_a_provider_may_come_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from bench.providers.plain import plain_step\n"
+        "def step(start):\n    return plain_step(start)\n"
+    )
+    found = train_step.times(TINY, ["fastsae", f"{tmp_path}/mine.py:step"], repeats=1)
+    assert not any("failed" in row for row in found)
+    for name, said in {
+        "fastsea": "did you mean 'fastsae'",
+        "nowhere.py:step": "no file 'nowhere.py'",
+        f"{tmp_path}/mine.py:other": "got 'other'",
+    }.items():
+        with pytest.raises(ValueError, match="provider must be") as failure:
+            find_provider(name)
+        assert said in str(failure.value)
+    with pytest.raises(ValueError, match="did you mean 'gpt2-small-24k'"):
+        find_case("gpt2-small-24")
+
+
+def test_the_fitted_model_is_found_again():
+    known = [0.3, 0.0, 2.0, 5.0]
+    made = [
+        {"B": b, "D": d, "F": f, "K": k}
+        for b, d, f, k in ((256, 64, 4096, 8), (512, 64, 8192, 8), (256, 128, 65_536, 32),
+                           (1024, 256, 4096, 64), (64, 512, 16_384, 128))
+    ]  # fmt: skip
+    for row in made:
+        row["ms_p50"] = scaling.predicted(row, known)
+    assert scaling.fit(made) == pytest.approx(known, abs=1e-6)
+
+
+def made_rows():
+    here = {"device": "a CPU", "threads": 2, "torch": "2", "date": "2026-01-01T00:00:00Z"}
+    limits = {"gemm_gflops": 100.0, "copy_gbps": 10.0}
+    shape = {"B": 8, "D": 4, "F": 64, "K": 2}
+    step = {"bench": "train_step", "case": "c", **shape, "dead": 0.0, "usage": "uniform"}
+    step |= {**limits, "ms_p50": 2.0, "over_gemm": 1.1, "over_fastsae": 1.0, "peak_mib": 3, **here}
+    point = step | {"bench": "scaling", "axis": "F"}
+    op = {"bench": "ops", "case": "c", "op": "row_adam", "ms_p50": 1.0, "over_ours": 1.0}
+    op |= {"roofline": 0.9, **limits, **here}
+    job = {"bench": "end_to_end", "case": "c", "F": 64, "K": 2, "provider": "fastsae", "tokens": 9}
+    return [
+        step | {"provider": "fastsae"},
+        step | {"provider": "sae-lens", "over_fastsae": 6.5},
+        step | {"provider": "absent", "failed": "not installed: pip install it"},
+        *(point | {"provider": "fastsae", "value": f, "F": f, "ms_p50": f / 32} for f in (64, 128)),
+        op | {"provider": "eager"},
+        op | {"provider": "rival", "roofline": 0.5},
+        job | {"seconds": 2.0, "tokens_per_second": 4.5, "fvu": 0.25, **here},
+    ]
+
+
+def test_the_report_has_a_table_and_a_picture_of_every_level(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, made_rows())))
+    text = report.write(tmp_path, [file]).read_text()
+    assert "| sae-lens | 2.0 | 1.1 | 6.5 | 3 |" in text
+    assert "Not timed: absent, not installed: pip install it." in text
+    assert "## The whole job" in text and "| fastsae | 9 | 2.0 | 4.5 | 0.25 |" in text
+    for name in ("steps", "scaling", "memory", "roofline"):
+        assert f"images/bench-{name}.png" in text
+        for kind in ("png", "svg"):
+            assert (tmp_path / "images" / f"bench-{name}.{kind}").stat().st_size > 1000
+
+
+def test_committed_pictures_were_drawn_from_the_committed_rows(tmp_path):
+    drawn = plots.draw(tmp_path, committed("cpu"), committed("gpu"))
+    for name in drawn:
+        file = f"{plots.PREFIX}{name}.png"
+        made, kept = (_description(folder / file) for folder in (tmp_path, report.IMAGES))
+        assert made == kept, f"{file} is older than the rows: python -m bench report"
+
+
+def _description(path):
+    """The digest that a picture carries."""
+    return re.search(rb"Description\x00([0-9a-f]{16})", path.read_bytes()).group(1)
+
+
+def test_the_command_is_quick_and_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    from fastsae import cli
+
+    whole = importlib.import_module("bench.__main__")
+    monkeypatch.setattr(whole, "STEP_PROVIDERS", ["fastsae", "plain-pytorch"])
+    monkeypatch.setattr(whole, "find_case", lambda name: TINY)
+    cli.main(["bench", "--quick", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "plain-pytorch" in shown and "fastsae: " in shown
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["provider"] for row in kept][:2] == ["fastsae", "plain-pytorch"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["bench"])
+    assert "bench must be run from the root of a clone" in capsys.readouterr().err
+
+
+def test_the_cases_run_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    rows_file = tmp_path / "rows.json"
+    run = [sys.executable, "-m", "pytest", "bench/test_speed.py", "--benchmark-only", "-q"]
+    run += ["-k", "pair_dots", "--benchmark-json", str(rows_file), "-p", "no:cacheprovider"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(rows_file.read_text())["benchmarks"]
+    assert found["extra_info"] == {"case": "smollm2-135m-4k", "op": "pair_dots"}
+    assert found["stats"]["rounds"] == 5
 
 
 @pytest.mark.filterwarnings("ignore")  # the other libraries warn of themselves
 def test_the_peers_train_alike_and_are_compared(monkeypatch, capsys):
     pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
-    monkeypatch.setitem(train_step.CASES, "smollm2-135m-16k", TINY)
+    monkeypatch.setattr(train_step, "find_case", lambda name: TINY)
     monkeypatch.setattr(sys, "argv", ["train_step", "--peers", "--repeats", "1"])
     train_step.main()
     shown = capsys.readouterr().out
-    assert "parity failed" not in shown and "peak_mib" in shown
+    assert "not timed" not in shown and "peak_mib" in shown
     for peer in train_step.PEERS[1:]:
         assert re.search(rf"[\d.]+ x over {peer}\b", shown), peer
     assert re.search(r"accelerated SAELens: [\d.]+ x$", shown.strip())
@@ -232,10 +375,10 @@ def test_the_page_shows_the_newest_figures_of_a_gpu():
     here["date"] = "2026-01-01T00:00:00Z"
     step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", **here, "over_floor": 1.25}
     failed = {"bench": "gpu_check", "check": "two", "passed": False, **here}
-    text = "\n".join(report.gpu_lines([{**step, "ms": 9.0}, failed, {**step, "ms": 3.14159}]))
-    assert "| c | fastsae | 3.142 |  | 1.25 |" in text and "9.0" not in text
+    text = "\n".join(gpu_lines([{**step, "ms": 9.0}, failed, {**step, "ms": 3.14159}]))
+    assert "| c | fastsae | 3.142 | 1.25 |" in text and "9.0" not in text
     assert "0 of 1 checks passed" in text and "Failed: two." in text
-    assert report.gpu_lines([]) == []
+    assert gpu_lines([]) == []
 
 
 def test_the_gpu_run_fits_its_eight_minutes():

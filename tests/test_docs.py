@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.providers import PROVIDERS
 from bench.report import benchmarks_page, with_numbers
+from fastsae import SAES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -13,6 +15,7 @@ PAGES = [
     "docs/adding_a_variant.md",
     "docs/analysis.md",
     "docs/architectures.md",
+    "docs/benchmarking.md",
     "docs/checkpoints.md",
     "docs/migrating_from_saelens.md",
     "docs/training.md",
@@ -20,19 +23,18 @@ PAGES = [
 
 
 @pytest.fixture
-def variants():
-    """Pages may register variants; the list is as it was afterwards."""
-    from fastsae import SAES
-
-    before = dict(SAES)
+def lists():
+    """Pages may register variants and providers; the lists are as they were afterwards."""
+    before = [(names, dict(names)) for names in (SAES, PROVIDERS)]
     yield
-    SAES.clear()
-    SAES.update(before)
+    for names, content in before:
+        names.clear()
+        names.update(content)
 
 
 @pytest.mark.filterwarnings("ignore")  # SAELens and TransformerLens warn of themselves
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page, tmp_path, monkeypatch, variants):
+def test_python_blocks_run(page, tmp_path, monkeypatch, lists):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks, f"{page} must hold a python block"
     monkeypatch.chdir(tmp_path)

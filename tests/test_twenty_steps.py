@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.providers import sae_lens_config
+from bench.providers.sae_lens import sae_lens_config
 from fastsae import OptimizerConfig, TrainConfig, Trainer
 from sae_lens_pairs import AUXILIARY, CASES, RUN_TIME, TERMS, B, D, F, assert_close, pair, rows
 

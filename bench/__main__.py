@@ -1,0 +1,113 @@
+"""The whole comparison in one command.
+
+    python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
+    python -m bench --quick             # a small step beside every library, in a minute
+    python -m bench --parts step ops    # only these
+    python -m bench --parts gpu         # on a GPU: python -m bench.gpu_check
+    python -m bench report              # tables and plots of the committed rows
+
+Rows go to runs/bench/rows.jsonl, with --save NAME also to bench/results/NAME.jsonl. Ends with the
+table of one training step and the folder of the report.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import end_to_end, gpu_check, ops, quality, report, scaling
+from bench.cases import find_case
+from bench.providers import PEERS
+from bench.record import append
+from bench.train_step import memory, show, summary, times
+
+OUT = Path("runs/bench")
+STEP_CASES = ("smollm2-135m-16k", "smollm2-135m-65k")
+OPS_CASE = "smollm2-135m-16k"
+STEP_PROVIDERS = [*PEERS, "plain-pytorch"]
+Row = dict[str, Any]
+
+
+def steps(repeats: int) -> list[Row]:
+    found: list[Row] = []
+    for name in STEP_CASES:
+        # What takes twelve times as long says no more the seventh time.
+        fewer = repeats if name == STEP_CASES[0] else 3
+        found += times(find_case(name), STEP_PROVIDERS, fewer)
+    found += times(find_case(STEP_CASES[0]), ["fastsae", "sae-lens"], 3, 0.05)
+    found += times(find_case(STEP_CASES[0]), ["fastsae", "sae-lens"], 3, skewed=True)
+    return found + [row for name in STEP_CASES for row in memory(find_case(name))]
+
+
+def single_ops(repeats: int) -> list[Row]:
+    case = find_case(OPS_CASE)
+    limits, inputs = ops.ceilings(case), ops.Inputs(case, "cpu")
+    return [
+        row | limits
+        for name in ops.OPS
+        for row in ops.times(name, inputs, repeats, limits, leave_out=("torch.compile",))
+    ]
+
+
+def curves() -> list[Row]:
+    return [r for axis in scaling.AXES for r in scaling.curve(axis, ["fastsae", "sae-lens"], 3)]
+
+
+def whole_jobs() -> list[Row]:
+    return end_to_end.main([])
+
+
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "step": lambda: steps(5),
+    "ops": lambda: single_ops(3),
+    "scaling": curves,
+    "end-to-end": whole_jobs,
+}
+OWN_COMMANDS = {"quality": quality.main, "gpu": gpu_check.main}
+"""Parts that write rows of their own, and are not part of the comparison by default."""
+
+
+def quick() -> list[Row]:
+    return times(find_case("smollm2-135m-4k"), STEP_PROVIDERS, 3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["report"]:
+        return report.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="one small step, every library")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of rows and report")
+    parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl too")
+    args = parser.parse_args(arguments)
+    started, found = time.perf_counter(), list[Row]()
+    for name in ["quick"] if args.quick else args.parts:
+        if name in OWN_COMMANDS:
+            sys.argv[1:] = []
+            OWN_COMMANDS[name]()
+            continue
+        part = time.perf_counter()
+        made = quick() if name == "quick" else PARTS[name]()
+        append((args.out / "rows.jsonl").absolute(), made)
+        if args.save:
+            append(args.save, made)
+        found += made
+        print(f"{name}: {time.perf_counter() - part:.0f} s", flush=True)
+    shown = [row for row in found if row["bench"] == "train_step"]
+    for case in dict.fromkeys((r["case"], r["dead"], r["usage"]) for r in shown):
+        mine = [r for r in shown if (r["case"], r["dead"], r["usage"]) == case]
+        print(f"\n{case[0]}, {case[1]:.0%} dead, {case[2]} usage")
+        show(mine)
+        print(summary({row["provider"]: row["ms_p50"] for row in mine if "ms_p50" in row}))
+    if not args.quick and found:
+        print(f"report: {report.write(args.out, [args.out / 'rows.jsonl'])}")
+    print(f"{time.perf_counter() - started:.0f} s, rows in {args.out / 'rows.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Tables and plots of result rows.
+
+python -m bench report                     # docs/benchmarks.md, docs/images, the README's table
+python -m bench report --rows runs/bench/rows.jsonl --out runs/bench    # of another file
+"""
+
+import argparse
+from pathlib import Path
+
+from bench.report import plots
+from bench.report.page import page, readme_lines
+from bench.report.rows import committed, read
+
+ROOT = Path(__file__).parents[2]
+IMAGES = ROOT / "docs" / "images"
+MARKERS = "<!-- numbers:start -->", "<!-- numbers:end -->"
+
+
+def write(out: Path, files: list[Path]) -> Path:
+    """report.md and its pictures in `out`, of the rows in `files`."""
+    rows = read(*files)
+    gpu = [row for row in rows if row.get("part") or row["bench"].startswith("gpu")]
+    cpu = [row for row in rows if row not in gpu]
+    drawn = plots.draw(out / "images", cpu, gpu)
+    show = lambda name: _shown(name) if name in drawn else []
+    path = out / "report.md"
+    path.write_text(page(cpu, gpu, [], show))
+    return path
+
+
+def benchmarks_page() -> str:
+    """docs/benchmarks.md as the committed rows have it."""
+    drawn = {path.stem.removeprefix(plots.PREFIX) for path in IMAGES.glob(f"{plots.PREFIX}*.png")}
+    show = lambda name: _shown(name) if name in drawn else []
+    return page(committed("cpu"), committed("gpu"), committed("quality"), show)
+
+
+def _shown(name: str) -> list[str]:
+    return ["", f"![{name}](images/{plots.PREFIX}{name}.png)"]
+
+
+def with_numbers(readme: str) -> str:
+    """The README with the table between its markers."""
+    before, rest = readme.split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    lines = readme_lines(committed("cpu"), committed("gpu"))
+    return before + "\n".join([MARKERS[0], *lines, MARKERS[1]]) + after
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--rows", type=Path, nargs="+", help="files of rows; none: the committed")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="with --rows")
+    args = parser.parse_args(arguments)
+    if args.rows:
+        print(write(args.out, args.rows))
+        return
+    plots.draw(IMAGES, committed("cpu"), committed("gpu"))
+    (ROOT / "docs" / "benchmarks.md").write_text(benchmarks_page())
+    readme = ROOT / "README.md"
+    readme.write_text(with_numbers(readme.read_text()))
+    print(f"docs/benchmarks.md, {IMAGES.relative_to(ROOT)} and README.md")

@@ -1,0 +1,52 @@
+"""What `python -m bench.gpu_check` found on a GPU."""
+
+from collections.abc import Callable
+
+from bench.report.rows import Row, table, where
+
+TABLES = {
+    "gpu_step": {
+        "case": "case",
+        "provider": "provider",
+        "ms": "ms",
+        "floor_ms": "floor ms",
+        "over_floor": "over floor",
+        "over_ours": "over fastsae",
+    },
+    "gpu_encode": {
+        "case": "case",
+        "provider": "provider",
+        "ms": "ms",
+        "tflops": "TFLOP/s",
+        "over_cublas": "over cuBLAS",
+    },
+    "ops": {
+        "case": "case",
+        "op": "op",
+        "provider": "provider",
+        "ms_p50": "median ms",
+        "over_ours": "over ours",
+        "roofline": "share of the roofline",
+    },
+}
+
+
+def gpu_lines(rows: list[Row], picture: Callable[[str], list[str]] = lambda _: []) -> list[str]:
+    """The newest row of each case and provider, and the checks that ran with them."""
+    if not rows:
+        return []
+    lines = ["", "## On a GPU", "", "`python -m bench.gpu_check`: times are device times. The"]
+    lines += ["floor of a step is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
+    lines += ["at the bandwidth of a copy, and one gather, all measured in the same run."]
+    checks = {r["check"]: r for r in rows if r["bench"] == "gpu_check"}
+    if checks:
+        passed = sum(r["passed"] for r in checks.values())
+        lines += ["", f"{passed} of {len(checks)} checks passed."]
+        lines += [f"Failed: {name}." for name, r in checks.items() if not r["passed"]]
+    lines += picture("gpu")
+    for bench, columns in TABLES.items():
+        keys = ("case", "op", "provider")
+        mine = {tuple(r.get(k) for k in keys): r for r in rows if r["bench"] == bench}
+        if mine:
+            lines += ["", *table(mine.values(), columns)]
+    return [*lines, "", where(rows)]

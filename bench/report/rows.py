@@ -1,0 +1,77 @@
+"""Committed result rows, and Markdown tables of them."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS
+
+Row = dict[str, Any]
+
+
+def read(*files: Path) -> list[Row]:
+    """The rows of files that exist, in their order."""
+    return [
+        json.loads(line)
+        for path in files
+        if path.exists()
+        for line in path.read_text().splitlines()
+    ]
+
+
+def committed(name: str) -> list[Row]:
+    return read(RESULTS / f"{name}.jsonl")
+
+
+def of(rows: list[Row], bench: str) -> list[Row]:
+    return [row for row in rows if row["bench"] == bench]
+
+
+def newest(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
+    """The rows of the newest run of each combination of `keys`; a run has one date."""
+    last = {tuple(row.get(k) for k in keys): row["date"] for row in rows}
+    return [row for row in rows if last[tuple(row.get(k) for k in keys)] == row["date"]]
+
+
+def timed(rows: list[Row]) -> list[Row]:
+    """Without those that say why they were not."""
+    return [row for row in rows if "failed" not in row]
+
+
+def table(rows: Iterable[Row], columns: dict[str, str]) -> list[str]:
+    """Columns of which no row has anything are left out."""
+    rows = list(rows)
+    shown = {k: head for k, head in columns.items() if any(row.get(k) is not None for row in rows)}
+    lines = ["| " + " | ".join(shown.values()) + " |", "|" + "---|" * len(shown)]
+    return lines + ["| " + " | ".join(_cell(row.get(k)) for k in shown) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return str(float(f"{value:.4g}"))
+    return "" if value is None else str(value)
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """A line for each row that was not timed."""
+    return [
+        line
+        for row in rows
+        if "failed" in row
+        for line in ("", f"Not timed: {row['provider']}, {row['failed']}.")
+    ]
+
+
+def where(rows: list[Row]) -> str:
+    row = rows[-1]
+    packages = ("torch", "triton", "sae-lens", "eai-sparsify", "dictionary-learning")
+    versions = ", ".join(f"{k} {row[k]}" for k in packages if row.get(k))
+    commit = f", commit {row['commit']}" if row.get("commit") else ""
+    return f"{row['device']}, {row['threads']} threads, {versions}{commit}, {row['date'][:10]}"
+
+
+def digest(rows: list[Row]) -> str:
+    """What a picture was drawn from."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
