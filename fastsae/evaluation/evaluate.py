@@ -13,7 +13,7 @@ from fastsae.data.batches import CHUNK_ROWS
 from fastsae.evaluation.loss_recovered import SpliceLoss, loss_recovered
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
 from fastsae.saes import SAE, TemporalSAE
-from fastsae.saes.centred import expects_centred_rows, has_layer_norm, mean_of
+from fastsae.saes.centred import mean_of, takes_centred_rows
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def evaluate(
         raise ValueError(
             "sae must read each row by itself to be evaluated on rows, got a temporal SAE"
         )
-    centred = expects_centred_rows(sae.cfg.metadata) and has_layer_norm(lm.model)
+    centred = takes_centred_rows(sae.cfg.metadata, lm.model)
     metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
     kept = held_out.rows.split(CHUNK_ROWS)
     # Spread over the batches: a batch of first positions alone has no variance to explain.

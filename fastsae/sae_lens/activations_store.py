@@ -1,6 +1,6 @@
 """`ActivationsStore`: batches of a language model's activations, as SAELens gives them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from fastsae.data import capture, d_at, resolve_hook
 from fastsae.interop.transformer_lens import as_language_model
 from fastsae.sae_lens.mixing_buffer import MixingBuffer
 from fastsae.sae_lens.tokens import Separator, contexts_in, rows_of, special_id
+from fastsae.saes.centred import mean_of, takes_centred_rows
 
 
 class ActivationsStore:
@@ -29,6 +30,8 @@ class ActivationsStore:
             for a batch beside those it keeps.
         seqpos_slice: positions that are trained on, as arguments of `slice`.
         exclude_special_tokens: leave out rows of special tokens: all of the tokenizer's, or ids.
+        model_from_pretrained_kwargs: what TransformerLens would load the model with; with
+            `center_writing_weights` rows of the residual stream lose their means.
         activations_mixing_fraction: of the buffer, what stays when it is refilled; 0: no mixing.
 
     Raises:
@@ -57,6 +60,7 @@ class ActivationsStore:
         activations_mixing_fraction: float = 0.5,
         use_chat_formatting: bool = False,
         autocast_lm: bool = False,
+        model_from_pretrained_kwargs: Mapping[str, Any] | None = None,
         dtype: str = "float32",
         device: torch.device | str = "cpu",
         seed: int = 0,
@@ -67,6 +71,9 @@ class ActivationsStore:
         self.hook = resolve_hook(self.lm, hook_name)
         width = d_at(self.lm, self.hook)
         self.hook_name, self.hook_head_index = hook_name, hook_head_index
+        loaded = {"hook_name": hook_name}
+        loaded |= {"model_from_pretrained_kwargs": model_from_pretrained_kwargs}
+        self.centred = takes_centred_rows(loaded, self.lm.model)
         self.d_in = width if d_in is None else d_in
         if self.d_in != width and (hook_head_index is None or width % self.d_in):
             raise ValueError(
@@ -119,6 +126,7 @@ class ActivationsStore:
             activations_mixing_fraction=cfg.activations_mixing_fraction,
             use_chat_formatting=cfg.use_chat_formatting,
             autocast_lm=cfg.autocast_lm,
+            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
             dtype=cfg.dtype,
             device=cfg.act_store_device,
             seed=cfg.seed,
@@ -167,6 +175,7 @@ class ActivationsStore:
             seqpos_slice=metadata.seqpos_slice or (None,),
             disable_concat_sequences=disable_concat_sequences,
             sequence_separator_token=sequence_separator_token,
+            model_from_pretrained_kwargs=metadata.get("model_from_pretrained_kwargs"),
             dtype=sae.cfg.dtype,
             device=device,
         )
@@ -211,6 +220,7 @@ class ActivationsStore:
         kind = self.lm.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.autocast_lm):
             x = capture(self.lm, self.hook, batch_tokens)
+        x = x - mean_of(x) if self.centred else x
         if self.hook_head_index is not None:
             x = x.unflatten(-1, (-1, self.d_in))[:, :, self.hook_head_index]
         return x[:, self.positions.start : self.positions.stop : self.positions.step].to(

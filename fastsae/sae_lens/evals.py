@@ -15,6 +15,7 @@ from fastsae.evaluation.metrics import ReconstructionMetrics
 from fastsae.interop.transformer_lens import as_language_model
 from fastsae.sae_lens.activations_store import ActivationsStore
 from fastsae.saes import SAE
+from fastsae.saes.centred import mean_of, takes_centred_rows
 from fastsae_kernels import RaggedCode, entry_rows
 
 
@@ -129,6 +130,7 @@ class _Evaluation:
         self.ignored, self.cfg = ignored, cfg
         self.hook = resolve_hook(lm, sae.cfg.metadata["hook_name"])
         self.head = sae.cfg.metadata.get("hook_head_index")
+        self.centred = takes_centred_rows(sae.cfg.metadata, lm.model)
 
     def spliced(self) -> dict[str, dict[str, float]]:
         """What splicing the SAE in, or zeros, costs the model."""
@@ -181,6 +183,7 @@ class _Evaluation:
             tokens = self.store.get_batch_tokens(cfg.batch_size_prompts)
             keep = self._keep(tokens)
             x = self._of(capture(self.lm, self.hook, tokens))[keep].to(sae.device, sae.dtype)
+            x = x - self._mean(x)
             code = sae.encode_sparse(x)
             x_hat = sae.decode(code).reshape(x.shape)
             metrics.update(x, x_hat, code.indices, code.acts)
@@ -227,8 +230,13 @@ class _Evaluation:
         return self.lm.model(input_ids=tokens, use_cache=False).logits.float()
 
     def _reconstruct(self, x: Tensor, keep: Tensor) -> Tensor:
-        x_hat = self.sae(self._of(x).to(self.sae.device)).to(x)
+        rows = self._of(x).to(self.sae.device)
+        x_hat = (self.sae(rows - self._mean(rows)) + self._mean(rows)).to(x)
         return torch.where(keep.unsqueeze(-1), self._put(x, x_hat), x)
+
+    def _mean(self, x: Tensor) -> Tensor | float:
+        """What rows lose that an SAE of centred ones is given."""
+        return mean_of(x) if self.centred else 0.0
 
     def _of(self, x: Tensor) -> Tensor:
         """What the SAE sees of an activation [n, L, D]: all of it, or one head."""

@@ -1,6 +1,8 @@
 """SAEs with TransformerLens's hook points, under SAELens's names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar
 
@@ -40,7 +42,15 @@ class HookedSAE(SAE):
     use_error_term: bool = False
     """Whether `forward` adds x - x_hat, as hook_sae_error leaves it, to what it returns."""
 
+    def __init__(
+        self, cfg: Any, use_error_term: bool = False, *, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(cfg, device=getattr(cfg, "device", "cpu") if device is None else device)
+        self.add_points()
+        self.use_error_term = use_error_term
+
     def add_points(self) -> None:
+        self._lasting: list[Any] = []
         for name in POINTS:
             point = HookPoint()
             point.name = name
@@ -110,12 +120,31 @@ class HookedSAE(SAE):
 
     def run_with_hooks(self, x: Tensor, fwd_hooks: list[tuple[str, Hook]]) -> Tensor:
         """forward(x) with hooks `fn(value, hook)` that see, or replace, what passes a point."""
+        with self.hooks(fwd_hooks):
+            return self(x)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: list[tuple[str, Hook]]) -> Iterator["HookedSAE"]:
+        """The SAE with these hooks, for as long as the block lasts."""
         handles = [self._add(name, hook) for name, hook in fwd_hooks]
         try:
-            return self(x)
+            yield self
         finally:
             for handle in handles:
                 handle.remove()
+
+    def add_hook(self, name: str, hook: Hook) -> None:
+        """Have `hook(value, hook)` see, or replace, what passes a point until `reset_hooks`."""
+        self._lasting.append(self._add(name, hook))
+
+    def reset_hooks(self) -> None:
+        """Remove what `add_hook` added."""
+        while self._lasting:
+            self._lasting.pop().remove()
+
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Take rows as they are instead of multiplied by `scaling_factor`."""
+        self.fold_activation_scale(scaling_factor)
 
     def run_with_cache(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """forward(x), and what passed each hook point."""
@@ -129,7 +158,9 @@ class HookedSAE(SAE):
 
     def _add(self, name: str, hook: Hook) -> Any:
         if name not in POINTS:
-            raise ValueError(f"hook must be one of {list(POINTS)}, got {name!r}")
+            near = get_close_matches(name, POINTS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"hook must be one of {list(POINTS)}, got {name!r}{hint}")
         point = getattr(self, name)
         return point.register_forward_hook(lambda _module, _args, out: hook(out, hook=point))
 

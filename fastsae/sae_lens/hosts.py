@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from fastsae.sae_lens.attached import Attached
 from fastsae.sae_lens.hooked_sae import HookedSAE, hooked
 from fastsae.saes import SAE
-from fastsae.saes.centred import expects_centred_rows, has_layer_norm
+from fastsae.saes.centred import takes_centred_rows
 
 MLP_INPUT = ".mlp.hook_in"
 """A point of SAELens's that TransformerLens's own models lack: what goes into an MLP."""
@@ -69,7 +69,7 @@ class HostsSAEs:
         attached = Attached(
             sae,
             use_error_term=sae.use_error_term if use_error_term is None else use_error_term,
-            centred=out == name and expects_centred_rows(_named(sae)) and has_layer_norm(model),
+            centred=out == name and takes_centred_rows(_named(sae), model),
             excluded=self._excluded(exclude_special_tokens),
             tokens=lambda: self.__dict__["_tokens_of_pass"],
         )

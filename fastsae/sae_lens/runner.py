@@ -228,18 +228,7 @@ class SAETrainingRunner(LanguageModelSAETrainingRunner):
 
 
 def _load_model(cfg: LanguageModelSAERunnerConfig) -> LanguageModel:
-    """The Hugging Face model: its residual stream is TransformerLens's, without its processing.
-
-    Raises:
-        ValueError: the activations asked for exist under TransformerLens's processing only.
-    """
-    kwargs = cfg.model_from_pretrained_kwargs or {}
-    if kwargs.get("center_writing_weights"):
-        raise ValueError(
-            "model_from_pretrained_kwargs must not centre the writing weights here, got "
-            f"{kwargs}; pass override_model=HookedTransformer.from_pretrained(...) to train on "
-            "centred activations"
-        )
+    """The Hugging Face model: its residual stream is TransformerLens's, without its processing."""
     return load_language_model(_official_name(cfg.model_name), device=cfg.llm_device or cfg.device)
 
 

@@ -12,9 +12,12 @@ from fastsae.interop.formats import load_checkpoint
 from fastsae.interop.pretrained import Converter, Pretrained, from_pretrained, in_dtype
 from fastsae.sae_lens.hooked_sae import HookedSAE, hooked
 from fastsae.saes import SAE as CoreSAE
+from fastsae.saes import SAEConfig
 from fastsae.saes.native_format import build_sae
 from fastsae.saes.older_format import from_before_6, is_of_version_6
 
+TrainingSAEConfig = SAEConfig
+"""One configuration trains and is used."""
 Dtype = str | torch.dtype | None
 DiskConverter = Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
 """SAELens's kind of loader: (path, device, cfg_overrides) -> configuration and tensors."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsae.interop.formats import load_sae
 from fastsae.interop.sae_lens import acts_as_sae_lens, set_coefficients, their_name
 from fastsae.sae_lens.hooked_sae import HookedSAE, hooked
+from fastsae.sae_lens.inference_saes import OnDevice
 from fastsae.saes import (
     SAE,
     SAES,
@@ -23,14 +24,6 @@ from fastsae.saes import (
     StandardConfig,
     TopKConfig,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnDevice:
-    """What SAELens's configurations say beside the mathematics."""
-
-    device: str = "cpu"
-    """Where the SAE is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +107,6 @@ class TrainingSAE(HookedSAE):
         if cls is TrainingSAE:
             raise TypeError("TrainingSAE must be made by from_dict, load_from_disk or a subclass")
         return super().__new__(cls)
-
-    def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, device=getattr(cfg, "device", "cpu"))
-        self.add_points()
-        self.use_error_term = use_error_term
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step's losses, under SAELens's names."""

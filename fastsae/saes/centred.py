@@ -20,6 +20,11 @@ def expects_centred_rows(metadata: dict[str, Any]) -> bool:
     return bool(kwargs.get("center_writing_weights")) and written
 
 
+def takes_centred_rows(metadata: dict[str, Any], model: nn.Module) -> bool:
+    """Whether an SAE is to be given this model's rows without their means."""
+    return expects_centred_rows(metadata) and has_layer_norm(model)
+
+
 def has_layer_norm(model: nn.Module) -> bool:
     """Whether centring leaves the model's predictions alone; RMS norm would notice it."""
     return any(type(m).__name__.startswith("LayerNorm") for m in model.modules())

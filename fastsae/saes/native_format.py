@@ -1,7 +1,9 @@
 """SAELens 6's folder: `cfg.json` and `sae_weights.safetensors`, row-major tensors."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsae.files import current, replacing_together
-from fastsae.saes.base import SAE
+from fastsae.saes.base import SAE, SAEConfig
 from fastsae.saes.older_format import FORMAT_VERSION, from_before_6, is_of_version_6
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+BESIDE = ("architecture", "device", "metadata", "reshape_activations", "use_sparse_activations")
+"""Fields of a cfg.json that no configuration of ours need have."""
 
 
 def write_sae(sae: SAE, path: Path) -> tuple[Path, Path]:
@@ -76,6 +80,7 @@ def build_sae(
             f"architecture must be one of {sorted(SAES)}, got {architecture!r} in {source}"
         )
     sae_class = SAES[architecture]
+    _refuse_the_future(config, sae_class.config_class, source)
     try:
         cfg = sae_class.config_class.from_dict(config)
     except (TypeError, ValueError) as error:
@@ -87,3 +92,30 @@ def build_sae(
         raise ValueError(f"{source} must hold the tensors {wanted} for its {CONFIG}, got {found}")
     sae.load_state_dict(dict(weights))  # copies, which keeps W_enc's memory order
     return sae
+
+
+def _refuse_the_future(
+    config: Mapping[str, Any], config_class: type[SAEConfig], source: str
+) -> None:
+    """Raise ValueError for what a later version may mean otherwise.
+
+    That is another major version, and a field that is not known here from a later minor one; what
+    versions up to ours write beside the mathematics is left out by `from_dict`.
+    """
+    stated = (config.get("metadata") or {}).get("sae_lens_version")
+    if stated is None or _numbers(stated) <= _numbers(FORMAT_VERSION):
+        return
+    expected = f"{source}: {CONFIG} must be of SAELens {FORMAT_VERSION} or before"
+    if _numbers(stated)[0] > _numbers(FORMAT_VERSION)[0]:
+        raise ValueError(f"{expected}, got sae_lens_version {stated!r}")
+    known = {*(f.name for f in fields(config_class)), *BESIDE}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(
+            f"{expected} to have other fields than {sorted(known)}, got {unknown[0]!r} in one of "
+            f"sae_lens_version {stated!r}"
+        )
+
+
+def _numbers(version: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", str(version))[:3]) or (0,)
