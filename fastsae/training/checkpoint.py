@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastsae.files import replacing
 from fastsae.saes import SAE
-from fastsae.training.optimizer import MOMENTS, restore_memory_order
+from fastsae.training.memory_order import restore_memory_order
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
@@ -29,7 +30,7 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
     tensors |= {f"scaling.{name}": t for name, t in trainer.scaling.state_dict().items()}
     for name, parameter in trainer.sae.named_parameters():
         state = trainer.optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": state[key] for key in ("step", *MOMENTS)}
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     state = {
         "steps_done": trainer.steps_done,
         "training_seconds": trainer.training_seconds,
@@ -79,14 +80,12 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
     saved = SAE.load_from_disk(path, device=trainer.device)
     trainer.sae.load_state_dict(saved.state_dict())
     trainer.copy_weights()
-    fused = trainer.optimizer.defaults.get("fused")  # torch's keeps the step beside the moments
     for name, parameter in trainer.sae.named_parameters():
+        prefix = f"optimizer.{name}."
         trainer.optimizer.state[parameter] = {
-            "step": tensors[f"optimizer.{name}.step"].to(parameter.device if fused else "cpu"),
-            **{
-                key: restore_memory_order(parameter, tensors[f"optimizer.{name}.{key}"])
-                for key in MOMENTS
-            },
+            key.removeprefix(prefix): _optimizer_state(trainer, parameter, tensor)
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
         }
     for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
         part.load_state_dict(
@@ -94,6 +93,14 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         )
     trainer.steps_done = state["steps_done"]
     trainer.training_seconds = state["training_seconds"]
+
+
+def _optimizer_state(trainer: "Trainer", parameter: Tensor, saved: Tensor) -> Tensor:
+    """One tensor of a parameter's state, where and how its optimizer keeps it."""
+    if saved.shape == parameter.shape:
+        return restore_memory_order(parameter, saved)
+    at_home = saved.ndim > 0 or trainer.optimizer.counts_on_device
+    return saved.to(parameter.device if at_home else "cpu")
 
 
 def _config(trainer: "Trainer") -> dict[str, object]:
