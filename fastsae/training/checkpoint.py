@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsae.files import replacing
 from fastsae.saes import SAE
+from fastsae.training.config import TrainConfig
 from fastsae.training.memory_order import restore_memory_order
 
 if TYPE_CHECKING:
@@ -19,11 +20,27 @@ if TYPE_CHECKING:
 
 TENSORS = "trainer_state.safetensors"
 STATE = "trainer_state.json"
+FREE = (
+    "log_every",
+    "log_to",
+    "project",
+    "run_name",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "checkpoint_at_end",
+)
+"""Fields of a run that may change when it is resumed: they do not touch its bits."""
 
 
-def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
-    """Write `folder/step-N`: the SAE in SAELens's format, the optimizer and the counters."""
-    path = folder / f"step-{trainer.steps_done:09d}"
+def save_checkpoint(trainer: "Trainer") -> Path:
+    """Write `out/checkpoints/step-N`: the SAE in SAELens's format, optimizer and counters."""
+    if trainer.out is None:
+        raise ValueError("out must be a folder to save a checkpoint, got None")
+    if trainer.steps_done == 0:
+        raise ValueError("steps_done must be at least 1 to save a checkpoint, got 0")
+    folder = trainer.out / "checkpoints"
+    path = _path(folder, trainer.steps_done)
     if path.exists():  # of the same bits: it was resumed from, or written just before
         return path
     tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
@@ -43,16 +60,32 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
         trainer.sae.save_model(temporary)
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=2))
-    every = trainer.cfg.keep_every
-    for old in _checkpoints(folder)[: -trainer.cfg.keep_checkpoints]:
-        if every is None or int(old.name.removeprefix("step-")) % every:
-            shutil.rmtree(old)
     return path
 
 
+def remove_old_checkpoints(folder: Path, cfg: TrainConfig) -> None:
+    """Keep the newest `keep_checkpoints` and those at multiples of `keep_every` steps."""
+    for step in checkpoint_steps(folder)[: -cfg.keep_checkpoints]:
+        if cfg.keep_every is None or step % cfg.keep_every:
+            remove_checkpoint(folder, step)
+
+
+def remove_checkpoint(folder: Path, step: int) -> None:
+    """Take it off in one rename, so that a kill leaves no half of it."""
+    gone = folder / f".{_path(folder, step).name}.removed"
+    _path(folder, step).rename(gone)
+    shutil.rmtree(gone)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps there are checkpoints of, ascending."""
+    found = folder.glob("step-*") if folder.is_dir() else []
+    return sorted(int(path.name.removeprefix("step-")) for path in found if path.is_dir())
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    steps = checkpoint_steps(folder)
+    return _path(folder, steps[-1]) if steps else None
 
 
 def load_checkpoint(trainer: "Trainer", path: Path) -> None:
@@ -106,9 +139,8 @@ def _optimizer_state(trainer: "Trainer", parameter: Tensor, saved: Tensor) -> Te
 def _config(trainer: "Trainer") -> dict[str, object]:
     """What a resumed run must share: everything but how often it logs and saves."""
     values = asdict(trainer.cfg) | {"architecture": trainer.cfg.sae.architecture}
-    free = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "checkpoint_at_end")
-    return json.loads(json.dumps({k: v for k, v in values.items() if k not in free}))
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"

@@ -10,6 +10,7 @@ from fastsae.training import defaults
 from fastsae.training.centre import CENTRES, Centre
 from fastsae.training.schedule import Schedule
 
+Tracking = Literal["wandb", "tensorboard", "trackio"]
 Kind = Literal["row_adam", "adam", "signum", "muon"]
 Moments = Literal["float32", "bfloat16", "8bit"]
 Rounding = Literal["nearest", "stochastic"]
@@ -89,10 +90,19 @@ class TrainConfig:
     """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
+    resample_every: int | None = None
+    """Steps between two resamplings of dead latents (`fastsae.training.resampling`), up to the
+    learning rate's decay; None: never, AuxK revives them."""
     seed: int = 0
     """Of the initial weights and of the order of the rows."""
     log_every: int = 20
     """Steps between two lines of the log."""
+    log_to: tuple[Tracking, ...] = ()
+    """Where the log goes besides `metrics.jsonl`: each comes with the extra of its name."""
+    project: str = "fastsae"
+    """The run's project there."""
+    run_name: str | None = None
+    """The run's name there; None: its folder's."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; None: at the end only."""
     keep_checkpoints: int = 2
@@ -106,6 +116,9 @@ class TrainConfig:
         self.sae.check_trainable()
         if self.b_dec_init not in CENTRES:
             raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
+        for name in self.log_to:
+            if name not in get_args(Tracking):
+                raise ValueError(f"log_to must be among {list(get_args(Tracking))}, got {name!r}")
         for name in ("total_tokens", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -122,6 +135,7 @@ class TrainConfig:
             "dead_window",
             "checkpoint_every",
             "keep_every",
+            "resample_every",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

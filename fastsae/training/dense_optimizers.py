@@ -46,23 +46,21 @@ class DenseOptimizer:
         for part in self._parts:
             part.zero_grad()
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters()]
+    def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [(p, p.grad) for p in parameters if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(torch.stack([g.norm() for g in self._gradients()]))
+        return torch.linalg.vector_norm(torch.stack([g.norm() for _, g in self._gradients()]))
 
     def scale_gradient(self, factor: Tensor) -> None:
-        for gradient in self._gradients():
+        for _, gradient in self._gradients():
             gradient.mul_(factor)
 
     @torch.no_grad()
     def step(self) -> None:
-        for p in self._parameters():
-            check_strides("grad", p.grad, p)
+        for p, gradient in self._gradients():
+            check_strides("grad", gradient, p)
             for name, value in self.state[p].items():
                 if value.shape == p.shape:
                     check_strides(name, value, p)
