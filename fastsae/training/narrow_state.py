@@ -1,15 +1,14 @@
 """Adam's state in 8 bits and weights that are bf16 masters: a block of rows is widened, stepped and
 written back, so that only a block exists in fp32.
 
-A moment of n rows is n scales, the largest of each row, and one of 256 codes an element: Dettmers
-et al. 2022, arXiv 2110.02861, whose dynamic map holds seven decades in steps of 1 to 20 %, with a
-latent as the block. Steps of that size swallow a change of a thousandth, so a number is rounded to
-one of its two neighbours with the probability of its nearness to it, by bits that are a hash of
-element and step (see `fastsae_kernels.optimizer.rounding`).
+A moment of n rows in 8 bits is n scales, which map the largest of each row to the largest number of
+the format, and elements in e4m3 (the first moment, steps of 1/8) or e5m2 (the second, steps of 1/4
+over 32 binades). Steps of that size swallow a change of a thousandth, so numbers are rounded up with
+the probability of the part cut off, by bits that are a hash of element and step: right on average,
+as `fastsae_kernels.optimizer.rounding` has it for bf16.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor
 from fastsae_kernels import DenseGrad, RowGrad, row_adam
 from fastsae_kernels.optimizer.rounding import hash_bits, stochastic_round
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-DECADES = 7
+MOMENTS = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
+"""The moments, and what they are in 8 bits."""
+MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+"""Bits after the leading one."""
 BLOCK_BYTES = 8 << 20
 """Of a block in fp32; a gradient, a weight and two moments of it exist at once."""
 WEIGHT_BITS = 1 << 30
@@ -32,7 +33,7 @@ def new_moments(p: Tensor, kind: str) -> dict[str, Tensor]:
         dtype = torch.bfloat16 if kind == "bfloat16" else p.dtype
         return {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
     n_rows = p.shape[1] if p.stride(0) == 1 and p.shape[0] != 1 else p.shape[0]
-    state = {name: torch.zeros_like(p, dtype=torch.uint8) for name in MOMENTS}
+    state = {name: torch.zeros_like(p, dtype=dtype) for name, dtype in MOMENTS.items()}
     scales = {f"{name}_scale": torch.zeros(n_rows, device=p.device) for name in MOMENTS}
     return state | scales
 
@@ -84,8 +85,7 @@ def _read(state: dict[str, Tensor], block: slice) -> list[Tensor]:
     for name in MOMENTS:
         values = state[name][block]
         if f"{name}_scale" in state:
-            levels = codes(name, values.device)
-            values = levels[values.int()] * state[f"{name}_scale"][block, None]
+            values = values.float() * state[f"{name}_scale"][block, None]
         found.append(values)
     return found
 
@@ -94,37 +94,24 @@ def _write(state: dict[str, Tensor], block: slice, moments: list[Tensor], bits: 
     for name, values, shift in zip(MOMENTS, moments, (0, 16), strict=True):
         target, chosen = state[name][block], bits >> shift & 0xFFFF
         if f"{name}_scale" in state:
-            scale = values.abs().amax(1)
+            scale = values.abs().amax(1) / torch.finfo(target.dtype).max
             state[f"{name}_scale"][block] = scale
-            target.copy_(_coded(values / scale[:, None].clamp_min(1e-38), name, chosen))
+            target.copy_(_in_8_bits(values / scale[:, None].clamp_min(1e-38), target.dtype, chosen))
         elif target.dtype == torch.bfloat16:
             target.copy_(stochastic_round(values, chosen))
         else:
             target.copy_(values)
 
 
-def _coded(values: Tensor, name: str, bits: Tensor) -> Tensor:
-    """The code below or above each value in [-1, 1], by chance and right on average."""
-    levels = codes(name, values.device)
-    below = (torch.searchsorted(levels, values, right=True) - 1).clamp(0, len(levels) - 2)
-    nearness = (values - levels[below]) / (levels[below + 1] - levels[below])
-    return (below + (bits < (nearness * 0x10000).round())).to(torch.uint8)
+def _in_8_bits(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """fp32 `values` within the range of `dtype`, rounded by 16 random bits each.
 
-
-@cache
-def codes(name: str, device: torch.device) -> Tensor:
-    """Ascending, 255 of the first moment and 254 of the second: what their codes stand for.
-
-    Evenly spaced steps up to 1, to 0.1, ..: half as many a decade down. A second moment's smallest
-    is above 0: one rounded to 0 beside a first moment that is not would make a step without bound.
+    A second moment above 0 stays above: one of 0 beside a first moment that is not would make a
+    step without bound.
     """
-    signed = name == "exp_avg"
-    steps = [2**i if signed else 2 ** (i + 1) for i in range(DECADES)]
-    positive = torch.cat(
-        [
-            torch.linspace(0.1, 1.0, n + 1)[1:] * 10.0 ** (i - DECADES + 1)
-            for i, n in enumerate(steps)
-        ]
-    )
-    levels = torch.cat([-positive.flip(0), torch.zeros(1), positive]) if signed else positive
-    return levels.to(device)
+    kept = MANTISSA[dtype]
+    raised = values.view(torch.int32) + (bits << (7 - kept)).to(torch.int32)
+    rounded = (raised & -(1 << (23 - kept))).view(torch.float32)
+    if dtype == MOMENTS["exp_avg_sq"]:
+        rounded = torch.where(values > 0, rounded.clamp_min(torch.finfo(dtype).smallest_normal), 0)
+    return torch.where(values.isnan(), values, rounded).to(dtype)

@@ -54,7 +54,7 @@ def resample(
         bias[latents] = 0
     for parameter in (sae.W_dec, sae.W_enc, *sae.encoder_biases):
         for value in optimizer.state[parameter].values():
-            if value.ndim:
+            if value.ndim and value.itemsize > 1:  # 8 bits are 0 under a scale of 0
                 axis = 1 if parameter is sae.W_enc and value.shape == parameter.shape else 0
                 value.index_fill_(axis, latents, 0)
     for parameter, copy in optimizer.copies.items():
