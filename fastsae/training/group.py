@@ -10,6 +10,7 @@ from fastsae.saes import SAE
 from fastsae.training.checkpoint import checkpoint_steps, remove_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.loop import fit_together
+from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.trainer import Batch, Sample, Trainer
 
 SHARED = ("total_tokens", "batch_size", "checkpoint_every")
@@ -19,8 +20,8 @@ SHARED = ("total_tokens", "batch_size", "checkpoint_every")
 class TrainerGroup:
     """Trains several SAEs, of any variants, widths and places, on the batches that are drawn once.
 
-    Each has its own configuration, log, checkpoints and folder `out/NAME`, and ends with the bits
-    that it would have if it were trained alone on those batches.
+    Each has its own configuration, log, checkpoints and folder `out/NAME` (the name "" is `out`
+    itself), and ends with the bits that it would have if it were trained alone on those batches.
 
     Args:
         cfgs: a run for each name; total_tokens, batch_size and checkpoint_every must agree.
@@ -89,9 +90,11 @@ class TrainerGroup:
             progress: called with a name and each line of that log.
 
         Raises:
-            ValueError, FileExistsError, Interrupted: as in `Trainer.fit`.
+            ValueError, FileExistsError, OutOfMemory, Interrupted: as in `Trainer.fit`.
         """
-        fit_together(self.trainers, batches, sample, progress)
+        cfgs = {name: trainer.cfg for name, trainer in self.trainers.items()}
+        with explained(MemoryPlan(cfgs, next(iter(self.trainers.values())).device)):
+            fit_together(self.trainers, batches, sample, progress)
         return {name: trainer.finish() for name, trainer in self.trainers.items()}
 
     def resume(self) -> bool:

@@ -1,11 +1,11 @@
 """Adam's state in 8 bits and weights that are bf16 masters: a block of rows is widened, stepped and
 written back, so that only a block exists in fp32.
 
-A moment of n rows in 8 bits is n scales, which map the largest of each row to the largest number of
-the format, and elements in e4m3 (the first moment, steps of 1/8) or e5m2 (the second, steps of 1/4
-over 32 binades). Steps of that size swallow a change of a thousandth, so numbers are rounded up with
-the probability of the part cut off, by bits that are a hash of element and step: right on average,
-as `fastsae_kernels.optimizer.rounding` has it for bf16.
+A moment of n rows in 8 bits is n scales, which map the largest of each row to the largest number
+of the format, and elements in e4m3 (the first moment, steps of 1/8) or e5m2 (the second, steps of
+1/4 over 32 binades). Steps of that size swallow a change of a thousandth, so numbers are rounded up
+with the probability of the part cut off, by bits that are a hash of element and step: right on
+average, as `fastsae_kernels.optimizer.rounding` has it for bf16.
 """
 
 from collections.abc import Sequence

@@ -21,6 +21,7 @@ from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
 from fastsae.training.log import RunLog
 from fastsae.training.loop import fit_together, save_together
+from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.optimizer import build_optimizer, compute_copies
 from fastsae.training.resampling import resample
 from fastsae.training.scaling import build_scaling
@@ -121,11 +122,13 @@ class Trainer:
         Raises:
             ValueError: the batches end too early, or hold NaN or inf (the step is named).
             FileExistsError: `out` holds checkpoints of another run, which was not resumed.
+            OutOfMemory: with the breakdown and the settings that free most.
             Interrupted: SIGINT or SIGTERM came and `out` is a folder; the step was finished and a
                 checkpoint saved.
         """
         tell = None if progress is None else (lambda _, line: progress(line))
-        fit_together({"": self}, batches, sample, tell)
+        with explained(MemoryPlan({"": self.cfg}, self.device)):
+            fit_together({"": self}, batches, sample, tell)
         return self.finish()
 
     def finish(self) -> SAE:

@@ -1,0 +1,90 @@
+"""What an evaluation means: each figure against its target, and the field to change for a miss."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastsae.saes import SAEConfig
+
+CE_LOSS_SCORE = 0.9
+"""Of the loss that zeroing the activations costs, the part that the SAE wins back."""
+EXPLAINED_VARIANCE = 0.7
+DEAD = 0.05
+"""Latents that have not fired for the run's dead window."""
+L0_RANGE = (10, 200)
+"""Active latents a row, where no k decides it."""
+L0_SLACK = 0.2
+"""Relative distance from k of SAEs that choose over a batch and are used with a threshold."""
+SPARSITY_FIELDS = ("k", "l1_coefficient", "l0_coefficient", "max_iterations")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    metric: str
+    value: float
+    target: str
+    met: bool
+    change: str
+    """What to change where the target is missed."""
+
+
+def diagnose(trained: SAEConfig, report: dict[str, Any]) -> list[Verdict]:
+    """The figures of a run on the rows that were trained on, against the targets above.
+
+    Args:
+        trained: configuration of the SAE in training, whose fields are named.
+        report: what `evaluate` found, with the last line of the log under `training`.
+    """
+    rows, ce = report["rows"], report["cross_entropy"]["trained_rows"]
+    sparsity = next((f for f in SPARSITY_FIELDS if hasattr(trained, f)), "the sparsity term")
+    revival = "aux_loss_coefficient" if hasattr(trained, "aux_loss_coefficient") else sparsity
+    k = getattr(trained, "k", None)
+    low, high = L0_RANGE if k is None else (k * (1 - L0_SLACK), k * (1 + L0_SLACK))
+    wanted = f"{low:g} to {high:g}" if k is None else f"{k} within {L0_SLACK:.0%}"
+    l0, dead = rows["l0"], report["training"]["dead"] / trained.d_sae
+    rarer = "raise" if k is None else "lower"
+    often = "lower" if k is None else "raise"
+    more = f"train on more tokens, or {often} {sparsity} or raise d_sae"
+    return [
+        Verdict(
+            "L0",
+            l0,
+            wanted,
+            low <= l0 <= high,
+            f"{rarer if l0 > high else often} {sparsity}" if k is None else "train on more tokens",
+        ),
+        Verdict(
+            "CE loss score",
+            ce["ce_loss_score"],
+            f"at least {CE_LOSS_SCORE}",
+            ce["ce_loss_score"] >= CE_LOSS_SCORE,
+            more,
+        ),
+        Verdict(
+            "explained variance",
+            rows["ev_saelens"],
+            f"at least {EXPLAINED_VARIANCE}",
+            rows["ev_saelens"] >= EXPLAINED_VARIANCE,
+            f"{more}; if the loss rose, lower lr",
+        ),
+        Verdict(
+            "dead latents",
+            dead,
+            f"at most {DEAD:.0%}",
+            dead <= DEAD,
+            f"lower lr or d_sae, or set {revival} or resample_every",
+        ),
+    ]
+
+
+def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    return [asdict(verdict) for verdict in verdicts]
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Metric, value, target and verdict, with the field to change for each miss."""
+    lines = [f"{'':20}{'value':>9}  {'target':18}verdict"]
+    for v in verdicts:
+        said = "met" if v.met else f"missed: {v.change}"
+        lines.append(f"{v.metric:20}{v.value:9.4f}  {v.target:18}{said}")
+    return "\n".join(lines)
