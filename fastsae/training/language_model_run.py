@@ -37,6 +37,7 @@ from fastsae.training.config import OptimizerConfig, Tracking, TrainConfig
 from fastsae.training.group import TrainerGroup
 from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
+from fastsae.training.trackers import check_installed
 from fastsae.training.trainer import Trainer
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -171,6 +172,7 @@ def train_side_by_side(
     """
     tell = progress or (lambda *_: None)
     timings: dict[str, float] = {}
+    check_installed(run.log_to)
     _open_folder(run)
     device = resolve_device(run.device)
     lm = load_language_model(run.model, device=device)

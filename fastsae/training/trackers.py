@@ -4,7 +4,7 @@ A new one is a class with `write` and `close`, and a line in `TRACKERS`.
 """
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fastsae.extras import require
 from fastsae.files import replacing
-from fastsae.training.config import TrainConfig
+from fastsae.training.config import TrainConfig, Tracking
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,19 @@ class Wandb:
     """Weights & Biases; WANDB_MODE=offline and its other variables act as ever."""
 
     def __init__(self, run: Run) -> None:
-        self._run = require("wandb", extra="wandb").init(
-            project=run.project,
-            name=run.name,
-            config=run.config,
-            dir=run.out,
-            id=run.id(),
-            resume="allow",
-            reinit="create_new",  # several SAEs of one process are several runs
-        )
+        wandb = require("wandb", extra="wandb")
+        try:
+            self._run = wandb.init(
+                project=run.project,
+                name=run.name,
+                config=run.config,
+                dir=run.out,
+                id=run.id(),
+                resume="allow",
+                reinit="create_new",  # several SAEs of one process are several runs
+            )
+        except wandb.Error as error:
+            raise RuntimeError(f"wandb could not be opened: {error}") from error
 
     def write(self, line: dict[str, Any]) -> None:
         self._run.log(line, step=line["step"])
@@ -105,6 +109,12 @@ TRACKERS: dict[str, Callable[[Run], Tracker]] = {
     "tensorboard": TensorBoard,
     "trackio": Trackio,
 }
+
+
+def check_installed(log_to: Iterable[Tracking]) -> None:
+    """Raise ImportError, which names the extra, before work is done whose log would be lost."""
+    for name in log_to:
+        require(name, extra=name)
 
 
 @contextmanager
