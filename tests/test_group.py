@@ -57,6 +57,7 @@ def test_each_ends_like_one_trained_alone(name, whole, tmp_path):
     alone = Trainer(CFGS[name], device="cpu", out=tmp_path)
     train(alone)
     here = whole.trainers[name]
+    assert here.out is not None
     assert_same_bits(state(here), state(alone))
     assert timeless(here.out / "metrics.jsonl") == timeless(tmp_path / "metrics.jsonl")
     assert checkpoint_steps(here.out / "checkpoints") == [50, 60]

@@ -51,15 +51,13 @@ def test_wandb_gets_every_line_of_each_sae(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_tensorboard_has_the_log_without_what_a_resumed_run_repeats(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     cfg = config(30, log_to=("tensorboard",), checkpoint_every=10)
     train(Trainer(cfg, device="cpu", out=tmp_path), stop_before=25)
     resumed = Trainer(cfg, device="cpu", out=tmp_path)
     assert resumed.resume()
     train(resumed)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = read_log(tmp_path / "metrics.jsonl")
     assert set(events.Tags()["scalars"]) == set(lines[-1])
     found = [(event.step, event.value) for event in events.Scalars("fvu")]
@@ -69,13 +67,11 @@ def test_tensorboard_has_the_log_without_what_a_resumed_run_repeats(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_trackio_gets_every_line(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    from trackio.sqlite_storage import SQLiteStorage
-
+    storage = pytest.importorskip("trackio.sqlite_storage")
     cfg = config(20, log_to=("trackio",), project="of-a-test")
     train(Trainer(cfg, device="cpu", out=tmp_path / "run"))
-    found = SQLiteStorage.get_logs("of-a-test", "run")
+    found = storage.SQLiteStorage.get_logs("of-a-test", "run")
     lines = read_log(tmp_path / "run" / "metrics.jsonl")
     assert [line["fvu"] for line in found] == pytest.approx([line["fvu"] for line in lines])
 

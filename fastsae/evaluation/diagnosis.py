@@ -15,7 +15,14 @@ L0_RANGE = (10, 200)
 """Active latents a row, where no k decides it."""
 L0_SLACK = 0.2
 """Relative distance from k of SAEs that choose over a batch and are used with a threshold."""
-SPARSITY_FIELDS = ("k", "l1_coefficient", "l0_coefficient", "max_iterations")
+MORE_ACTIVE = {
+    "k": "raise",
+    "max_iterations": "raise",
+    "l1_coefficient": "lower",
+    "l0_coefficient": "lower",
+}
+"""The fields that decide how many latents are active, and what makes them more."""
+OPPOSITE = {"raise": "lower", "lower": "raise"}
 
 
 @dataclass(frozen=True)
@@ -36,43 +43,35 @@ def diagnose(trained: SAEConfig, report: dict[str, Any]) -> list[Verdict]:
         report: what `evaluate` found, with the last line of the log under `training`.
     """
     rows, ce = report["rows"], report["cross_entropy"]["trained_rows"]
-    sparsity = next((f for f in SPARSITY_FIELDS if hasattr(trained, f)), "the sparsity term")
-    revival = "aux_loss_coefficient" if hasattr(trained, "aux_loss_coefficient") else sparsity
+    field = next((name for name in MORE_ACTIVE if hasattr(trained, name)), "sparsity")
+    denser = MORE_ACTIVE.get(field, "lower")
+    sparser = OPPOSITE[denser]
     k = getattr(trained, "k", None)
     low, high = L0_RANGE if k is None else (k * (1 - L0_SLACK), k * (1 + L0_SLACK))
-    wanted = f"{low:g} to {high:g}" if k is None else f"{k} within {L0_SLACK:.0%}"
     l0, dead = rows["l0"], report["training"]["dead"] / trained.d_sae
-    rarer = "raise" if k is None else "lower"
-    often = "lower" if k is None else "raise"
-    more = f"train on more tokens, or {often} {sparsity} or raise d_sae"
+    towards = f"{denser if l0 < low else sparser} {field}" if k is None else "train on more tokens"
+    better = f"train on more tokens, {denser} {field}, or raise d_sae"
+    revived = "aux_loss_coefficient or " if hasattr(trained, "aux_loss_coefficient") else ""
+    score, explained = ce["ce_loss_score"], rows["ev_saelens"]
+    l0_target = f"{low:g} to {high:g}" if k is None else f"{k} within {L0_SLACK:.0%}"
     return [
+        Verdict("L0", l0, l0_target, low <= l0 <= high, towards),
         Verdict(
-            "L0",
-            l0,
-            wanted,
-            low <= l0 <= high,
-            f"{rarer if l0 > high else often} {sparsity}" if k is None else "train on more tokens",
-        ),
-        Verdict(
-            "CE loss score",
-            ce["ce_loss_score"],
-            f"at least {CE_LOSS_SCORE}",
-            ce["ce_loss_score"] >= CE_LOSS_SCORE,
-            more,
+            "CE loss score", score, f"at least {CE_LOSS_SCORE}", score >= CE_LOSS_SCORE, better
         ),
         Verdict(
             "explained variance",
-            rows["ev_saelens"],
+            explained,
             f"at least {EXPLAINED_VARIANCE}",
-            rows["ev_saelens"] >= EXPLAINED_VARIANCE,
-            f"{more}; if the loss rose, lower lr",
+            explained >= EXPLAINED_VARIANCE,
+            f"{better}; lower lr if the loss rose",
         ),
         Verdict(
             "dead latents",
             dead,
             f"at most {DEAD:.0%}",
             dead <= DEAD,
-            f"lower lr or d_sae, or set {revival} or resample_every",
+            f"lower lr or d_sae, or set {revived}resample_every",
         ),
     ]
 

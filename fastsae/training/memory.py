@@ -185,9 +185,10 @@ CHANGES: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
 """Settings that free memory, and what each makes of a run."""
 
 
-def _shown(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.4g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.4g} GiB"
+def _shown(n_bytes: int) -> str:
+    size = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fastsae.extras import require
 from fastsae.files import replacing
-from fastsae.training.config import TrainConfig, Tracking
+from fastsae.training.config import Tracking, TrainConfig
 
 
 @dataclass(frozen=True)
