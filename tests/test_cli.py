@@ -235,10 +235,9 @@ def test_plot_draws_a_run_finished_or_not(several, tmp_path, capsys):
     (several / "base" / "curves.png").unlink()
     unfinished = tmp_path / "run"
     shutil.copytree(several / "base", unfinished)
-    densities = [density_of_run(unfinished)]
+    of_the_sae = density_of_run(unfinished)
     shutil.rmtree(unfinished / "sae")
-    densities.append(density_of_run(unfinished))
-    assert torch.allclose(*densities, atol=1e-6)
+    assert torch.allclose(density_of_run(unfinished), of_the_sae, atol=1e-6)
     main(["plot", str(unfinished), "--out", str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").is_file()
     shutil.rmtree(unfinished / "checkpoints")

@@ -76,8 +76,10 @@ def test_a_group_goes_on_from_what_all_have(lost, whole, tmp_path):
     fit(group)
     for name, trainer in group.trainers.items():
         assert_same_bits(state(trainer), state(whole.trainers[name]))
-        logs = [timeless(t.out / "metrics.jsonl") for t in (trainer, whole.trainers[name])]
-        assert logs[0] == logs[1]
+        there = whole.trainers[name].out
+        assert there is not None
+        paths = [folder / "metrics.jsonl" for folder in (tmp_path / name, there)]
+        assert timeless(paths[0]) == timeless(paths[1])
 
 
 def test_a_kill_during_the_first_save_starts_anew(whole, tmp_path):
