@@ -14,6 +14,7 @@ PAGES = [
     "docs/analysis.md",
     "docs/architectures.md",
     "docs/checkpoints.md",
+    "docs/evaluation.md",
     "docs/migrating_from_saelens.md",
     "docs/training.md",
 ]
