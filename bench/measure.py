@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,15 +19,20 @@ FLUSH_BYTES = 1 << 30
 def interleaved(
     runs: Mapping[str, Run], repeats: int, warm_up: int = 1, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn so that a drift of the machine meets all of them."""
+    """Seconds of each run, taken in turns so that a drift of the machine meets all of them.
+
+    In another order each turn: what ran before leaves its caches, its heat and its clocks behind.
+    """
     for _ in range(warm_up):
         for run in runs.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     once = _on_gpu if device == "cuda" else _on_cpu
+    order, turns = list(runs), random.Random(0)
     for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(once(run))
+        turns.shuffle(order)
+        for name in order:
+            seconds[name].append(once(runs[name]))
     return seconds
 
 

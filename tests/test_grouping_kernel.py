@@ -77,7 +77,7 @@ def test_blocks_of_columns_change_no_bit(short_chunks, monkeypatch):
 def test_a_program_has_the_columns_whose_slice_stays_in_cache():
     bf16 = 2 * 8192
     sizes = {D: kernel.slice_columns(D, bf16) for D in (768, 2304, 4096, 100, 65536)}
-    assert sizes == {768: 1024, 2304: 512, 4096: 1024, 100: 128, 65536: 1024}
+    assert sizes == {768: 512, 2304: 512, 4096: 512, 100: 128, 65536: 512}
     assert [kernel.slice_columns(4096, bytes_) for bytes_ in (0, 2 * bf16, 64 * bf16)] == [
         2048,
         512,

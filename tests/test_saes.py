@@ -103,7 +103,9 @@ def dense_terms(sae, x, dead, step):
         p, warm_up = sae.cfg.lp_norm, sae.cfg.l1_warm_up_steps
         coefficient = sae.cfg.l1_coefficient * min(1.0, step / warm_up if warm_up else 1.0)
         terms["l1"] = coefficient * weighted.pow(p).sum(-1).pow(1 / p).mean()
-    elif dead is not None:
+    elif dead is None:
+        terms["auxk"] = torch.zeros_like(terms["mse"])
+    else:
         n_dead, half = int(dead.sum()), D // 2
         h = pre_acts(sae, x).masked_fill(~dead, -torch.inf)
         best = h.topk(min(half, n_dead))

@@ -74,8 +74,8 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
                 auxk = auxk + self._auxk(rows, err.detach(), of_level, scale)
             first = width
         err = err.detach()
-        if dead is not None and self.cfg.aux_loss_coefficient:
-            if not self.cfg.use_matryoshka_aux_loss:
+        if self.cfg.aux_loss_coefficient:
+            if dead is not None and not self.cfg.use_matryoshka_aux_loss:
                 auxk = self._auxk(rows, err, dead, scale)
             total, terms["auxk"] = total + auxk, auxk.detach()
         if rows.weight is not None:

@@ -86,8 +86,8 @@ class TopKSAE(SAE):
         code = self._encode(rows.x, scale)
         mse, _, err = self._reconstruction(rows, divided(code, scale))
         total, terms = mse, {"mse": mse.detach()}
-        if dead is not None and self.cfg.aux_loss_coefficient:
-            auxk = self._auxk(rows, err, dead, scale)
+        if self.cfg.aux_loss_coefficient:
+            auxk = torch.zeros_like(mse) if dead is None else self._auxk(rows, err, dead, scale)
             total, terms["auxk"] = total + auxk, auxk.detach()
         groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
         return SAELoss(total, terms, x, err, groups.counts(), code)

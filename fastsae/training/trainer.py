@@ -189,12 +189,12 @@ class Trainer:
             group["lr"] = self.lr * factor
         self.optimizer.zero_grad()
         loss = self._gradient(x, target)
+        self.dead.update(loss.counts, len(x))
         if cfg.clip_norm is not None:
             norm = self.optimizer.gradient_norm()
             self.optimizer.scale_gradient((cfg.clip_norm / (norm + 1e-6)).clamp_max(1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.dead.update(loss.counts, len(x))
         self.steps_done += 1
         self._total = loss.total.detach()
         self._resample(loss)
@@ -213,7 +213,8 @@ class Trainer:
 
     def _gradient(self, x: Tensor, target: Tensor | None) -> SAELoss:
         """The batch's loss, its gradient left with the optimizer; a micro-batch at a time."""
-        dead, dtype = self.dead.dead(), self.sae.dtype
+        dead = self.dead.dead() if self.dead.any() else None
+        dtype = self.sae.dtype
         width = self.cfg.micro_batch_size or len(x)
         targets = [None] * -(-len(x) // width) if target is None else target.split(width)
         losses = []

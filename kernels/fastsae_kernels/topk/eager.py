@@ -15,6 +15,8 @@ from fastsae_kernels._workspace import scratch, workspace_bytes
 GROUP = 32
 MAX_ROWS = 2048
 MIN_ROWS = 512  # a product over fewer rows is slower
+KEEPS_FP32_SUMS = torch.__version__ >= (2, 8)  # pyright: ignore[reportOperatorIssue]
+"""Whether a GPU's half-precision product can be had as it was summed, unrounded."""
 
 
 def select_topk(
@@ -66,6 +68,8 @@ def score(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, buffer:
     out = buffer[: x.shape[0] * W_enc.shape[1]].view(x.shape[0], W_enc.shape[1])
     if x.dtype == out.dtype:
         torch.mm(x, W_enc.to(x.dtype), out=out)
+    elif x.is_cuda and KEEPS_FP32_SUMS and out.dtype == torch.float32:
+        torch.mm(x, W_enc.to(x.dtype), out_dtype=torch.float32, out=out)
     else:
         out.copy_(torch.mm(x, W_enc.to(x.dtype)))
     # The bias comes after the product: `addmm` would first fill the block with it.

@@ -92,6 +92,7 @@ def _select_groups(
     ONE_BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     SLOTS: tl.constexpr,
+    SUBSETS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < n_rows
@@ -104,6 +105,17 @@ def _select_groups(
     # k are above or there is no bit left (tau is then the k-th largest key).
     tau = tl.full((ROWS,), LOWEST if SIGNED else 0, tl.int32)
     bit = tl.full((), LOWEST if SIGNED else 1 << 30, tl.int32)
+    if SUBSETS > 0:
+        # As many keys as there are subsets reach the least of their maxima: the bits in which that
+        # and the largest key agree are tau's.
+        maxima = tl.max(tl.reshape(first, (ROWS, BLOCK // SUBSETS, SUBSETS)), 1)
+        low = tl.maximum(tl.min(maxima, 1), 0)
+        apart = low ^ tl.max(maxima, 1)
+        for shift in tl.static_range(5):
+            apart |= apart >> (1 << shift)
+        unknown = tl.max(apart, 0)
+        tau = low & (unknown ^ -1)
+        bit = unknown ^ (unknown >> 1)
     settled = tl.zeros((ROWS,), tl.int32)
     above = tl.zeros((ROWS,), tl.int32)
     last = 0
@@ -345,6 +357,7 @@ def select_topk(
             ONE_BLOCK=n_groups <= block,
             STEP=_select_step(block, rows),
             SLOTS=chunk,
+            SUBSETS=_select_subsets(n_groups, k, signed),
             num_warps=_select_warps(block),
         )
         _sort_entries[(triton.cdiv(n_rows, few),)](
@@ -384,7 +397,7 @@ def select_topk(
             COLUMNS=found.layout.columns,
             ROWS=few,
             CHUNK=chunk,
-            DEPTH=MERGE_TILE // found.layout.size,
+            DEPTH=MERGE_BYTES // W_enc.element_size() // found.layout.size,
             num_warps=MERGE_WARPS,
             **({} if torch.version.hip else {"maxnreg": MERGE_REGISTERS}),
         )
@@ -398,8 +411,8 @@ MOST_RESIDENT = 16384
 INTERPRETED_ROWS = 8
 """Rows that a program sorts or merges in the interpreter, which pays for each program; one on a
 GPU, where more would spill registers."""
-MERGE_TILE, MERGE_WARPS, MERGE_REGISTERS = 4096, 8, 128
-"""Weights that are read at a time when an open group is scored again: 8 KB in bf16."""
+MERGE_BYTES, MERGE_WARPS, MERGE_REGISTERS = 8192, 4, 128
+"""Of weights that are read at a time when an open group is scored again."""
 
 
 def _merge_chunk(k: int) -> int:
@@ -412,7 +425,13 @@ def _select_warps(block: int) -> int:
 
 
 def _select_step(block: int, rows: int) -> int:
-    return min(block, max(16, 512 * _select_warps(block) // rows))
+    return min(block, max(16, 256 * _select_warps(block) // rows))
+
+
+def _select_subsets(n_groups: int, k: int, signed: bool) -> int:
+    """k at least, of the groups that one program holds; 0: tau is sought from the top bit on."""
+    subsets = padded(k)
+    return 0 if signed or not 2 * subsets <= n_groups <= MOST_RESIDENT else subsets
 
 
 def specs() -> Iterator[Spec]:
@@ -443,6 +462,7 @@ def _select_spec(block: int, default: bool) -> Spec:
             "ONE_BLOCK": True,
             "STEP": _select_step(block, rows),
             "SLOTS": 64,
+            "SUBSETS": 64,
         },
         _select_warps(block),
         default=default,
@@ -479,7 +499,7 @@ def _merge_spec(dtype: str, k: int, size: int) -> Spec:
             "COLUMNS": 256,
             "ROWS": 1,
             "CHUNK": _merge_chunk(k),
-            "DEPTH": MERGE_TILE // size,
+            "DEPTH": MERGE_BYTES // {"bf16": 2, "fp32": 4}[dtype] // size,
         },
         num_warps=MERGE_WARPS,
         max_registers=MERGE_REGISTERS,
