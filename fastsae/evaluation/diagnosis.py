@@ -1,7 +1,7 @@
 """What an evaluation means: each figure against its target, and the field to change for a miss."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fastsae.saes import SAEConfig
@@ -74,10 +74,6 @@ def diagnose(trained: SAEConfig, report: dict[str, Any]) -> list[Verdict]:
             f"lower lr or d_sae, or set {revived}resample_every",
         ),
     ]
-
-
-def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    return [asdict(verdict) for verdict in verdicts]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:

@@ -1,6 +1,5 @@
 """The main job: text -> a language model's activations -> SAEs, evaluated and saved."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,7 +24,7 @@ from fastsae.data import (
 )
 from fastsae.data.batches import ShuffledRows
 from fastsae.device import resolve_device
-from fastsae.evaluation.diagnosis import as_json, diagnose
+from fastsae.evaluation.diagnosis import diagnose
 from fastsae.evaluation.evaluate import evaluate_several
 from fastsae.files import replacing, write_json
 from fastsae.interop.formats import load_sae
@@ -36,6 +35,7 @@ from fastsae.training.centre import Centre
 from fastsae.training.config import OptimizerConfig, Tracking, TrainConfig
 from fastsae.training.group import TrainerGroup
 from fastsae.training.memory import MemoryPlan, explained
+from fastsae.training.run_folder import as_json, open_folder
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 from fastsae.training.trackers import check_installed
 from fastsae.training.trainer import Trainer
@@ -173,7 +173,7 @@ def train_side_by_side(
     tell = progress or (lambda *_: None)
     timings: dict[str, float] = {}
     check_installed(run.log_to)
-    _open_folder(run)
+    open_folder(run)
     device = resolve_device(run.device)
     lm = load_language_model(run.model, device=device)
     runs = runs_of(run)
@@ -199,7 +199,7 @@ def train_side_by_side(
 
         started = time.perf_counter()
         group = TrainerGroup(cfgs, device=device, out=run.out, starts=starts)
-        write_json(run.out / "run.json", _as_json(run))
+        write_json(run.out / "run.json", as_json(run))
         if run.resume:
             group.resume()
         total, first = run.tokens, next(iter(runs))
@@ -248,7 +248,7 @@ def _finish(
     with replacing(out / "sae" / "sparsity.safetensors") as temporary:
         save_file({"sparsity": trainer.log_sparsity().float().cpu()}, temporary)
     report["training"] = trainer.metrics
-    report["verdicts"] = as_json(diagnose(trainer.cfg.sae, report))
+    report["verdicts"] = [asdict(v) for v in diagnose(trainer.cfg.sae, report)]
     write_json(out / "eval.json", report)
     density = trainer.dead.fired / max(1, trainer.dead.tokens)
     return Trained(sae, report, lm, held_out, density, timings)
@@ -294,35 +294,6 @@ def _memory_plan(
         "activations": rows * sum(widths.values()) * lm.model.dtype.itemsize,
     }
     return MemoryPlan(cfgs, device, held, {"activations": "harvest_tokens halved"})
-
-
-FREE_ON_RESUME = {
-    *("out", "resume", "device", "eval_tokens", "checkpoints"),
-    *("keep_every", "log_to", "project"),
-}
-
-
-def _open_folder(run: LanguageModelRun) -> None:
-    """Refuse another run's folder before the long work, and one that cannot be written to."""
-    path = run.out / "run.json"
-    if not path.exists():
-        write_json(run.out / ".writable", True)
-        (run.out / ".writable").unlink()
-        return
-    if not run.resume:
-        raise FileExistsError(
-            f"out must be a folder without a run, got {run.out}; continue it with --resume or "
-            "choose another"
-        )
-    then, now = json.loads(path.read_text()), _as_json(run)
-    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
-    if changed:
-        listing = "; ".join(f"{k}: {then.get(k)!r} then, {now[k]!r} now" for k in changed)
-        raise ValueError(f"run must be the one in {run.out} to resume it, got {listing}")
-
-
-def _as_json(run: LanguageModelRun) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(run), default=str))
 
 
 def _harvest(
