@@ -78,7 +78,7 @@ def evaluate_several(
         held_out.tokens,
         row_filter=held_out.row_filter,
         kl=True,
-        mean=held_out.rows.double().mean(0),
+        mean=held_out.rows.mean(0, dtype=torch.float32),
     )
     found = spliced({n: _around_means(sae) if n in centred else sae for n, sae in saes.items()})
     as_they_are = spliced({n: saes[n] for n in centred}, every_position=False) if centred else {}

@@ -98,8 +98,9 @@ class LanguageModelRun:
     project: str = "fastsae"
     """The run's project there."""
     also: tuple[dict[str, Any], ...] = ()
-    """Further SAEs, trained side by side on the same batches: for each what differs, among
-    variant, layer, hook, seed and the fields of the SAE and the optimizer. Each has its folder."""
+    """Further SAEs, trained side by side on the same batches: for each what differs, such as
+    "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE and the optimizer.
+    Each has its folder."""
     seed: int = 0
     device: str = "auto"
     resume: bool = False

@@ -141,8 +141,10 @@ class Trainer:
     def tracked(self) -> Iterator[None]:
         """Inside this context lines of the log go to the trackers of the configuration too."""
         with trackers_of(self.cfg, self.out, self.steps_done) as self._trackers:
-            yield
-        self._trackers = []
+            try:
+                yield
+            finally:
+                self._trackers = []
 
     def advance(self, batch: Batch, sample: Sample | None = None) -> None:
         """A step of a run: initialise before the first, check and log where that is due."""
