@@ -36,3 +36,4 @@ from fastsae.saes import TranscoderConfig as TranscoderConfig
 from fastsae.training import OptimizerConfig as OptimizerConfig
 from fastsae.training import TrainConfig as TrainConfig
 from fastsae.training import Trainer as Trainer
+from fastsae.training import TrainerGroup as TrainerGroup

@@ -1,4 +1,4 @@
-"""`fastsae train | eval | convert | bench | demo`."""
+"""`fastsae train | eval | plot | convert | bench | demo`."""
 
 import argparse
 import importlib
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastsae.analysis.plots import plot_run
+from fastsae.analysis.plots import density_of_run, plot_run
 from fastsae.analysis.top_tokens import interesting_latents, top_tokens
 from fastsae.data import harvest, load_language_model, load_text, resolve_hook, tokenize
 from fastsae.data.text import split_documents
 from fastsae.device import resolve_device
-from fastsae.evaluation.evaluate import evaluate, report_table
+from fastsae.evaluation.diagnosis import Verdict, verdict_table
+from fastsae.evaluation.evaluate import comparison_table, evaluate_several, report_table
 from fastsae.extras import require
 from fastsae.files import write_json
 from fastsae.interop.convert import Convert, convert
@@ -22,12 +23,12 @@ from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
 from fastsae.training.interruption import EXIT_CODE, Interrupted
 from fastsae.training.language_model_run import (
-    SET_BY_THE_RUN,
     LanguageModelRun,
     Trained,
-    train_on_language_model,
+    train_side_by_side,
 )
 from fastsae.training.log import read_log
+from fastsae.training.side_by_side import SET_BY_THE_RUN, changes_in
 
 EXAMPLE_LATENTS = 6
 
@@ -36,8 +37,8 @@ EXAMPLE_LATENTS = 6
 class Eval:
     """Evaluate a saved SAE on held-out text of a language model."""
 
-    sae: Path
-    """Folder with cfg.json and sae_weights.safetensors."""
+    sae: tuple[Path, ...]
+    """Folder with cfg.json and sae_weights.safetensors; several of one hook share the passes."""
     model: str | None = None
     """Language model; None: the one in the SAE's metadata."""
     hook: str | None = None
@@ -61,6 +62,16 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draw a run's curves and the density of its latents."""
+
+    run: Path
+    """Folder of a run, finished or not."""
+    out: Path | None = None
+    """PNG to write; None: `curves.png` in the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Train, evaluate, save and picture a small SAE offline, in a few minutes on two cores."""
 
@@ -78,18 +89,25 @@ class Demo:
 def train(run: LanguageModelRun) -> None:
     """Train an SAE on the activations of a language model, evaluate, save and picture it."""
     with _Bar() as bar:
-        trained = train_on_language_model(run, bar)
-    _finish(run.out, trained)
+        trained = train_side_by_side(run, bar, print)
+    for name, one in trained.items():
+        if name:
+            print(f"\n{name}")
+        _finish(run.out / name, one)
+    if len(trained) > 1:
+        print()
+        print(comparison_table({name: one.report for name, one in trained.items()}))
 
 
 def evaluate_saved(args: Eval) -> None:
     """Evaluate a saved SAE on held-out text of a language model."""
     device = resolve_device(args.device)
-    sae = SAE.load_from_disk(args.sae, device=device)
-    metadata = sae.cfg.metadata
+    saes = {str(path): SAE.load_from_disk(path, device=device) for path in args.sae}
+    metadata = _shared_metadata(saes)
     hook_name = args.hook or metadata.get("hook_name")
     if hook_name is None:
-        raise ValueError(f"hook must be given for an SAE without hook_name in {args.sae}, got None")
+        names = ", ".join(saes)
+        raise ValueError(f"hook must be given for an SAE without hook_name in {names}, got None")
     lm = load_language_model(args.model or metadata.get("model_name"), device=device)
     hook = resolve_hook(lm, hook_name)
     own = args.dataset is None or args.dataset == metadata.get("dataset_path")
@@ -111,13 +129,46 @@ def evaluate_saved(args: Eval) -> None:
             massive_multiple=args.massive_multiple or metadata.get("massive_multiple") or 10.0,
             progress=lambda done, total: bar("harvest", done, total, {}),
         )
-        report = evaluate(
-            sae, lm, hook, activations, progress=lambda a, b: bar("evaluate", a, b, {})
+        reports = evaluate_several(
+            saes, lm, hook, activations, progress=lambda a, b: bar("evaluate", a, b, {})
         )
-    print(report_table(report))
+    for name, report in reports.items():
+        if len(reports) > 1:
+            print(f"\n{name}")
+        print(report_table(report))
+    if len(reports) > 1:
+        print()
+        print(comparison_table(reports))
     if args.out is not None:
-        write_json(args.out, report)
+        write_json(args.out, reports if len(reports) > 1 else reports[str(args.sae[0])])
         print(f"written to {args.out}")
+
+
+MUST_AGREE = (
+    *("hook_name", "model_name", "dataset_path", "dataset_split", "text_column"),
+    *("held_out_seed", "context_size", "massive_multiple"),
+)
+"""What SAEs that are evaluated on the same rows have in common."""
+
+
+def _shared_metadata(saes: dict[str, SAE]) -> dict[str, Any]:
+    (first, sae), *others = saes.items()
+    for key in MUST_AGREE:
+        for name, other in others:
+            wanted, got = sae.cfg.metadata.get(key), other.cfg.metadata.get(key)
+            if got != wanted:
+                raise ValueError(
+                    f"sae must be SAEs of the same {key} to be evaluated together, got {wanted!r} "
+                    f"in {first} and {got!r} in {name}"
+                )
+    return dict(sae.cfg.metadata)
+
+
+def plot(args: Plot) -> None:
+    """Draw a run's curves and the density of its latents."""
+    out = args.out or args.run / "curves.png"
+    plot_run(out, read_log(args.run / "metrics.jsonl"), density_of_run(args.run))
+    print(f"written to {out}")
 
 
 def convert_saved(args: Convert) -> None:
@@ -194,6 +245,7 @@ def _finish(out: Path, trained: Trained) -> None:
     log = read_log(out / "metrics.jsonl")
     plot_run(out / "run.png", log, trained.density.cpu(), examples)
     print(report_table(trained.report))
+    print(verdict_table([Verdict(**verdict) for verdict in trained.report["verdicts"]]))
     never = int((trained.density == 0).sum())
     print(f"never fired in training: {never} of {len(trained.density)} latents")
     print(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in trained.timings.items()))
@@ -229,6 +281,7 @@ def _train_options(variant: str) -> Callable[[Any], None]:
         LanguageModelRun.__name__,
         [
             ("variant", Literal[tuple(SAES)], LanguageModelRun.variant),
+            ("also", conf.UseAppendAction[tuple[str, ...]], ()),
             ("sae", Options, field(default=Options(**defaults.sae_fields(variant)))),
         ],
         bases=(LanguageModelRun,),
@@ -239,23 +292,24 @@ def _train_options(variant: str) -> Callable[[Any], None]:
 
     def train_variant(run: Any) -> None:
         sae = {k: v for k, v in vars(run.sae).items() if k not in SET_BY_THE_RUN}
-        train(LanguageModelRun(**{**vars(run), "sae": sae}))
+        also = tuple(changes_in(text) for text in run.also)
+        train(LanguageModelRun(**{**vars(run), "sae": sae, "also": also}))
 
     train_variant.__annotations__["run"] = Run
     train_variant.__doc__ = train.__doc__
     return train_variant
 
 
-def _convert_command() -> Callable[[Any], None]:
-    """`convert_saved` with source and destination as plain arguments."""
+def _positional(options: Any, command: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A command whose required options are plain arguments."""
     conf = require("tyro", "train").conf
 
-    def convert_positional(args: Any) -> None:
-        convert_saved(args)
+    def run(args: Any) -> None:
+        command(args)
 
-    convert_positional.__annotations__["args"] = conf.PositionalRequiredArgs[Convert]
-    convert_positional.__doc__ = convert_saved.__doc__
-    return convert_positional
+    run.__annotations__["args"] = conf.PositionalRequiredArgs[options]
+    run.__doc__ = command.__doc__
+    return run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -272,7 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
             {
                 "train": _train_options(_variant_in(arguments)),
                 "eval": evaluate_saved,
-                "convert": _convert_command(),
+                "plot": _positional(Plot, plot),
+                "convert": _positional(Convert, convert_saved),
                 "bench": bench,
                 "demo": demo,
             },
@@ -286,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Interrupted as interrupted:
         print(f"fastsae: {interrupted}; go on with --resume", file=sys.stderr)
         sys.exit(EXIT_CODE)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"fastsae: error: {error}", file=sys.stderr)
         sys.exit(1)
 

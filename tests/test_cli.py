@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from fastsae import SAE, SAES, StandardConfig, TopKConfig, TopKSAE
+from fastsae.analysis.plots import density_of_run
 from fastsae.cli import main
-from fastsae.training.language_model_run import SET_BY_THE_RUN, LanguageModelRun
+from fastsae.training.language_model_run import LanguageModelRun
 from fastsae.training.log import read_log
+from fastsae.training.side_by_side import SET_BY_THE_RUN, changes_in
 from tiny_models import save_tiny_llama
 
 SMALL = [
@@ -165,6 +167,118 @@ def test_a_normalisation_that_cannot_be_trained_is_refused_at_once(tmp_path, cap
     own = ["--normalize-activations", "layer_norm"]
     message = refused(["train", "--out", str(tmp_path / "run"), *SMALL, *own], capsys)
     assert "aux_loss_coefficient must be 0 to train with normalize_activations" in message
+
+
+@pytest.fixture(scope="module")
+def several(tiny, tmp_path_factory):
+    """Three SAEs of one run: two at one layer, one of another variant at another."""
+    out = tmp_path_factory.mktemp("several") / "run"
+    also = ["--also", "k=16 lr=0.002", "--also", "layer=0 variant=standard l1_coefficient=0.5"]
+    main(["train", "--out", str(out), *SMALL, *tiny, *also])
+    return out
+
+
+NAMES = ("base", "k=16,lr=0.002", "layer=0,variant=standard,l1_coefficient=0.5")
+
+
+def test_several_saes_come_of_one_harvest(several, tiny, tmp_path):
+    assert {p.name for p in several.iterdir()} == {*NAMES, "run.json"}
+    for name in NAMES:
+        found = {p.name for p in (several / name).iterdir()}
+        assert found == {"sae", "checkpoints", "metrics.jsonl", "eval.json", "run.png"}
+    cfgs = [SAE.load_from_disk(several / name / "sae").cfg for name in NAMES]
+    assert [getattr(cfg, "k", None) for cfg in cfgs] == [8, 16, None]
+    assert isinstance(cfgs[2], StandardConfig) and cfgs[2].l1_coefficient == 0.5
+    hooks = [cfg.metadata["hook_name"] for cfg in cfgs]
+    assert hooks == ["blocks.1.hook_resid_post"] * 2 + ["blocks.0.hook_resid_post"]
+    main(["train", "--out", str(tmp_path / "alone"), *SMALL, *tiny])
+    paths = (several / "base", tmp_path / "alone")
+    first, again = (SAE.load_from_disk(p / "sae").state_dict() for p in paths)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    reports = [json.loads((path / "eval.json").read_text()) for path in paths]
+    assert reports[0]["rows"] == reports[1]["rows"]
+    assert [verdict["metric"] for verdict in reports[0]["verdicts"]][0] == "L0"
+
+
+def test_several_saes_resume_together(several, tiny, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(several, out)
+    shutil.rmtree(out / NAMES[1] / "checkpoints/step-000000012")
+    also = ["--also", "k=16 lr=0.002", "--also", "layer=0 variant=standard l1_coefficient=0.5"]
+    main(["train", "--out", str(out), *SMALL, *tiny, *also, "--resume"])
+    for name in NAMES:
+        first, again = (SAE.load_from_disk(p / name / "sae").state_dict() for p in (several, out))
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_several_saes_are_evaluated_together(several, tmp_path, capsys):
+    paths = [str(several / name / "sae") for name in NAMES]
+    options = ["--tokens", "512", "--device", "cpu", "--out", str(tmp_path / "eval.json")]
+    main(["eval", "--sae", *paths[:2], *options])
+    reports = json.loads((tmp_path / "eval.json").read_text())
+    assert list(reports) == paths[:2]
+    for name, report in zip(NAMES, reports.values(), strict=False):
+        first = json.loads((several / name / "eval.json").read_text())
+        assert report["rows"]["fvu"] == pytest.approx(first["rows"]["fvu"], rel=1e-4)
+    assert "KL score" in capsys.readouterr().out
+    message = refused(["eval", "--sae", paths[0], paths[2]], capsys)
+    assert "sae must be SAEs of the same hook_name to be evaluated together" in message
+
+
+def test_plot_draws_a_run_finished_or_not(several, tmp_path, capsys):
+    import shutil
+
+    main(["plot", str(several / "base")])
+    assert (several / "base" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (several / "base" / "curves.png").unlink()
+    unfinished = tmp_path / "run"
+    shutil.copytree(several / "base", unfinished)
+    of_the_sae = density_of_run(unfinished)
+    shutil.rmtree(unfinished / "sae")
+    assert torch.allclose(density_of_run(unfinished), of_the_sae, atol=1e-6)
+    main(["plot", str(unfinished), "--out", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").is_file()
+    shutil.rmtree(unfinished / "checkpoints")
+    assert "sae/ or checkpoints/" in refused(["plot", str(unfinished)], capsys)
+
+
+def test_memory_is_predicted_and_running_out_says_what_frees_most(tiny, tmp_path, capsys):
+    huge = [{"640": str(10**13)}.get(a, a) for a in SMALL]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--out", str(tmp_path / "run"), *huge, *tiny])
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert "memory on cpu, predicted:" in shown.out and "language model" in shown.out
+    message = shown.err[shown.err.index("fastsae: error:") :]
+    assert "what frees most:" in message and "d_sae halved" in message
+
+
+@pytest.mark.parametrize(
+    "also, message",
+    [
+        (({"tokens": 5},), "also must hold fields among .*'k'.*, got 'tokens'"),
+        (({"variant": "dense"},), "variant must be one of .*got 'dense'"),
+        (({"k": 3}, {"k": 3}), "also must hold different SAEs, got {'k': 3} twice or empty"),
+        (({},), "also must hold different SAEs, got {} twice or empty"),
+    ],
+    ids=["field", "variant", "twice", "empty"],
+)
+def test_saes_side_by_side_are_refused(also, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        LanguageModelRun(out=tmp_path, also=also)
+
+
+def test_a_change_without_a_value_is_refused():
+    assert changes_in("k=16 lr=1e-3 hook=blocks.1.hook_mlp_out b-dec-init=zeros") == {
+        "k": 16,
+        "lr": 1e-3,
+        "hook": "blocks.1.hook_mlp_out",
+        "b_dec_init": "zeros",
+    }
+    with pytest.raises(ValueError, match="also must hold parts like k=16, got 'k16'"):
+        changes_in("k16")
 
 
 def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):

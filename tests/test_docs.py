@@ -17,6 +17,7 @@ PAGES = [
     "docs/architectures.md",
     "docs/benchmarking.md",
     "docs/checkpoints.md",
+    "docs/evaluation.md",
     "docs/migrating_from_saelens.md",
     "docs/training.md",
 ]

@@ -21,7 +21,7 @@ from fastsae.data import (
     splice,
     tokenize,
 )
-from fastsae.evaluation import loss_recovered
+from fastsae.evaluation import loss_recovered, losses_recovered
 from tiny_models import tiny_llama
 
 TOKENS = torch.randint(50, (5, 12), generator=torch.Generator().manual_seed(0))
@@ -81,6 +81,27 @@ def test_losses_equal_those_written_out(lm: LanguageModel, hook, row_filter: Row
     assert result.every_position.ce_spliced != pytest.approx(result.ce_spliced, rel=1e-4)
     assert result.untouched_fraction == pytest.approx((~trained).double().mean().item())
     assert result.n_predicted == 5 * 11
+
+
+def test_several_share_the_passes_that_none_of_them_changes(
+    lm: LanguageModel, hook, row_filter: RowFilter
+):
+    mean = capture(lm, hook, TOKENS).flatten(0, 1).mean(0)
+    options = {"row_filter": row_filter, "kl": True, "mean": mean}
+    changes = {"half": shrink, "none": lambda x: x.clone()}
+    calls = []
+    handle = lm.model.register_forward_hook(lambda *_: calls.append(1))
+    together = losses_recovered(lm, hook, TOKENS, changes, **options)
+    handle.remove()
+    assert len(calls) == 1 + 2 * (2 + 2)  # clean; zeros, means and two SAEs, twice
+    assert together == {
+        n: loss_recovered(lm, hook, TOKENS, c, **options) for n, c in changes.items()
+    }
+    trained = row_filter.keep(capture(lm, hook, TOKENS))
+    ce, kl = written_out(lm, hook, lambda x: mean.expand_as(x), trained)
+    loss = together["half"].trained_rows
+    assert (loss.ce_mean_ablated, loss.kl_mean_ablated) == pytest.approx((ce, kl), rel=1e-5)
+    assert together["none"].trained_rows.kl_spliced == pytest.approx(0, abs=1e-9)
 
 
 def test_headline_is_the_trained_rows(lm: LanguageModel, hook, row_filter: RowFilter):

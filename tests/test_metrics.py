@@ -13,6 +13,7 @@ from fastsae.evaluation import DEFINITIONS, ReconstructionMetrics
 
 N, D, F, K = 2500, 13, 40, 5
 PER_BATCH = ("ev_saelens_legacy", "ev_sparsify", "ev_dictlearning")
+OF_THE_CUTS = (*PER_BATCH, "ev_saebench", "ev_openai")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,9 @@ def test_one_batch_equals_the_formulas(data):
         "ev_saelens_legacy": (1 - e2 / centred).mean(),
         "ev_sparsify": 1 - fvu,
         "ev_dictlearning": 1 - e.var(0).sum() / x.var(0).sum(),
+        "ev_saebench": 1 - e2.mean() / (x.square().sum(1).mean() - x.square().mean() ** 2),
+        "ev_openai": 1 - fvu,
+        "ev_overcomplete": 1 - e.square().mean() / (x - x.mean()).square().mean(),
         "cosine_similarity": torch.cosine_similarity(x, x_hat).mean(),
         "l2_ratio": (x_hat.norm(dim=1) / x.norm(dim=1)).mean(),
         "relative_reconstruction_bias": x_hat.square().sum() / (x * x_hat).sum(),
@@ -64,7 +68,7 @@ def test_one_batch_equals_the_formulas(data):
 def test_batches_do_not_matter(data, cuts: list[int]):
     whole, parts = measure(data, []), measure(data, cuts)
     expected, got = whole.result(), parts.result()
-    for name in expected.keys() - set(PER_BATCH):
+    for name in expected.keys() - set(OF_THE_CUTS):
         assert got[name] == pytest.approx(expected[name], rel=1e-12), name
     assert torch.equal(parts.density, whole.density)
 
@@ -77,6 +81,16 @@ def test_variants_per_batch_average_over_batches(data):
     for name in PER_BATCH:
         assert result[name] == pytest.approx((halves[0][name] + halves[1][name]) / 2, rel=1e-12)
         assert result[name] != pytest.approx(measure(data, []).result()[name], rel=1e-9)
+
+
+def test_the_first_batch_and_the_mean_of_squares_decide_two_variants(data):
+    x, x_hat = data[0].double(), data[1].double()
+    result, mse = measure(data, [700]).result(), (x - x_hat).square().sum(1).mean()
+    spread = (x[:700] - x[:700].mean(0)).square().sum(1).mean()
+    assert result["ev_openai"] == pytest.approx(float(1 - mse / spread), rel=1e-9)
+    m = (x[:700].square().mean() + x[700:].square().mean()) / 2
+    expected = 1 - mse / (x.square().sum(1).mean() - m.square())
+    assert result["ev_saebench"] == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_sums_survive_an_offset_that_float32_does_not(data):

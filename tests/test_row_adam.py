@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from fastsae import OptimizerConfig, TopKConfig, TopKSAE
-from fastsae.training.optimizer import RowAdam, build_optimizer, restore_memory_order
+from fastsae.training.memory_order import restore_memory_order
+from fastsae.training.optimizer import RowAdam, build_optimizer
 from fastsae_kernels import DenseGrad, SparseCode, group_by_latent, row_adam, workspace
 from fastsae_kernels._row_grads import PairGrad, SubsetGrad
 from fastsae_kernels.code import LatentGroups

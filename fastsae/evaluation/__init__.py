@@ -1,6 +1,11 @@
 """How good an SAE is: reconstruction metrics, and the language model's loss with it spliced in."""
 
-from fastsae.evaluation.loss_recovered import LossRecovered, SpliceLoss, loss_recovered
+from fastsae.evaluation.loss_recovered import (
+    LossRecovered,
+    SpliceLoss,
+    loss_recovered,
+    losses_recovered,
+)
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
 
 __all__ = [
@@ -9,4 +14,5 @@ __all__ = [
     "ReconstructionMetrics",
     "SpliceLoss",
     "loss_recovered",
+    "losses_recovered",
 ]

@@ -1,6 +1,6 @@
-"""One SAE on held-out text: reconstruction, sparsity, and what it costs the language model."""
+"""SAEs on held-out text: reconstruction, sparsity, and what they cost the language model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fastsae.data import Activations, HookPoint, LanguageModel
 from fastsae.data.batches import CHUNK_ROWS
-from fastsae.evaluation.loss_recovered import SpliceLoss, loss_recovered
+from fastsae.evaluation.loss_recovered import LossRecovered, SpliceLoss, losses_recovered
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
 from fastsae.saes import SAE, TemporalSAE
 from fastsae.saes.centred import mean_of, takes_centred_rows
 
 
-@torch.no_grad()
 def evaluate(
     sae: SAE,
     lm: LanguageModel,
@@ -36,17 +35,76 @@ def evaluate(
     Raises:
         ValueError: the SAE reads sequences, and rows here have lost theirs.
     """
-    if isinstance(sae, TemporalSAE):
-        raise ValueError(
-            "sae must read each row by itself to be evaluated on rows, got a temporal SAE"
-        )
-    centred = takes_centred_rows(sae.cfg.metadata, lm.model)
+    return evaluate_several({"": sae}, lm, hook, held_out, progress=progress)[""]
+
+
+@torch.no_grad()
+def evaluate_several(
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    hook: HookPoint,
+    held_out: Activations,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`evaluate` of several SAEs at one hook, by name.
+
+    The rows are those of one pass through the model, and the passes with activations clean and
+    ablated are run once for all.
+    """
+    for name, sae in saes.items():
+        if isinstance(sae, TemporalSAE):
+            raise ValueError(
+                "sae must read each row by itself to be evaluated on rows, "
+                f"got a temporal SAE {name}"
+            )
+    if not saes:
+        raise ValueError("saes must hold at least one SAE, got none")
+    centred = {n for n, sae in saes.items() if takes_centred_rows(sae.cfg.metadata, lm.model)}
+    total = (1 + len(saes)) * len(held_out.rows)
+    tell = progress or (lambda *_: None)
+    metrics = {}
+    for i, (name, sae) in enumerate(saes.items()):
+        metrics[name] = _row_metrics(sae, held_out, centred=name in centred)
+        tell((i + 1) * len(held_out.rows), total)
+    spliced = partial(
+        losses_recovered,
+        lm,
+        hook,
+        held_out.tokens,
+        row_filter=held_out.row_filter,
+        kl=True,
+        mean=held_out.rows.mean(0, dtype=torch.float32),
+    )
+    found = spliced({n: _around_means(sae) if n in centred else sae for n, sae in saes.items()})
+    as_they_are = spliced({n: saes[n] for n in centred}, every_position=False) if centred else {}
+    tell(total, total)
+    return {
+        name: {
+            "model": lm.name,
+            "hook": hook.name,
+            "rows": metrics[name]["rows"].result(),
+            "all_rows": metrics[name]["all"].result(),
+            "cross_entropy": _cross_entropy(found[name], as_they_are.get(name)),
+            "left_out": {
+                "first_positions": held_out.n_first,
+                "massive_rows": held_out.n_massive,
+                "norm_limit": held_out.norm_limit,
+            },
+            "definitions": DEFINITIONS,
+        }
+        for name in saes
+    }
+
+
+def _row_metrics(
+    sae: SAE, held_out: Activations, *, centred: bool
+) -> dict[str, ReconstructionMetrics]:
+    """Of the rows that are trained on, and of all."""
     metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
     kept = held_out.rows.split(CHUNK_ROWS)
     # Spread over the batches: a batch of first positions alone has no variance to explain.
     excluded = held_out.excluded.tensor_split(len(kept))
-    total = len(held_out.rows) + len(held_out.excluded)
-    done = 0
     for rows, others in zip(kept, excluded, strict=True):
         x = torch.cat([rows, others.to(rows.dtype)]).to(sae.device, torch.float32)
         x = x - mean_of(x) if centred else x
@@ -54,42 +112,26 @@ def evaluate(
             code = sae.encode_sparse(part)
             x_hat = sae.decode(code).reshape(part.shape)
             metrics[name].update(part, x_hat, code.indices, code.acts)
-        done += len(x)
-        if progress is not None:
-            progress(done, 2 * total)
+    return metrics
 
-    def reconstruct(x: Tensor) -> Tensor:
-        return sae(x - mean_of(x)) + mean_of(x)
 
-    spliced = partial(loss_recovered, lm, hook, held_out.tokens, row_filter=held_out.row_filter)
-    found = spliced(reconstruct if centred else sae)
-    as_they_are = spliced(sae, every_position=False) if centred else None
-    if progress is not None:
-        progress(2 * total, 2 * total)
+def _around_means(sae: SAE) -> Callable[[Tensor], Tensor]:
+    return lambda x: sae(x - mean_of(x)) + mean_of(x)
+
+
+def _cross_entropy(found: LossRecovered, as_they_are: LossRecovered | None) -> dict[str, Any]:
     return {
-        "model": lm.name,
-        "hook": hook.name,
-        "rows": metrics["rows"].result(),
-        "all_rows": metrics["all"].result(),
-        "cross_entropy": {
-            "trained_rows": _loss(found.trained_rows),
-            "every_position": found.every_position and _loss(found.every_position),
-            "untouched_fraction": found.untouched_fraction,
-            "predicted_tokens": found.n_predicted,
-            # The SAE was trained without the rows' means: what taking them off is worth.
-            "rows_not_centred": as_they_are and _loss(as_they_are.trained_rows),
-        },
-        "left_out": {
-            "first_positions": held_out.n_first,
-            "massive_rows": held_out.n_massive,
-            "norm_limit": held_out.norm_limit,
-        },
-        "definitions": DEFINITIONS,
+        "trained_rows": _loss(found.trained_rows),
+        "every_position": found.every_position and _loss(found.every_position),
+        "untouched_fraction": found.untouched_fraction,
+        "predicted_tokens": found.n_predicted,
+        # The SAE was trained without the rows' means: what taking them off is worth.
+        "rows_not_centred": as_they_are and _loss(as_they_are.trained_rows),
     }
 
 
 def _loss(loss: SpliceLoss) -> dict[str, float | None]:
-    return {**asdict(loss), "ce_loss_score": loss.ce_loss_score}
+    return {**asdict(loss), "ce_loss_score": loss.ce_loss_score, "kl_score": loss.kl_score}
 
 
 def report_table(report: dict[str, Any]) -> str:
@@ -105,7 +147,12 @@ def report_table(report: dict[str, Any]) -> str:
         "ev_saelens_legacy": "  SAELens, per token",
         "ev_sparsify": "  sparsify, per batch",
         "ev_dictlearning": "  dictionary_learning",
+        "ev_saebench": "  SAEBench 0.6.0",
+        "ev_openai": "  OpenAI, in training",
+        "ev_overcomplete": "  overcomplete",
+        "nmse_openai": "normalised MSE, OpenAI",
         "cosine_similarity": "cosine similarity",
+        "l2_ratio": "norm of x_hat over x's",
         "dead_fraction": "not fired on held-out rows",
     }
     lines += [f"{n:28}{rows[key]:14.4f}{everything[key]:14.4f}" for key, n in names.items()]
@@ -114,7 +161,10 @@ def report_table(report: dict[str, Any]) -> str:
         "ce_clean": "CE clean (nats)",
         "ce_spliced": "CE with the SAE",
         "ce_zero_ablated": "CE zero-ablated",
+        "ce_mean_ablated": "CE mean-ablated",
         "ce_loss_score": "CE loss score",
+        "kl_spliced": "KL from clean (nats)",
+        "kl_score": "KL score",
     }
     lines += [f"{n:28}{trained[key]:14.4f}{every[key]:14.4f}" for key, n in names.items()]
     if ce["rows_not_centred"] is not None:
@@ -128,4 +178,17 @@ def report_table(report: dict[str, Any]) -> str:
         f"left out of the first column: {left_out['first_positions']} first positions, "
         f"{left_out['massive_rows']} rows with a norm above {left_out['norm_limit']:.0f}"
     )
+    return "\n".join(lines)
+
+
+def comparison_table(reports: Mapping[str, dict[str, Any]]) -> str:
+    """A line an SAE, of its figures on the rows that are trained on."""
+    width = max(len(name) for name in reports)
+    names = ("L0", "FVU", "cosine", "not fired", "CE score", "KL score")
+    lines = [f"{'':{width}}" + "".join(f"{name:>11}" for name in names)]
+    for name, report in reports.items():
+        rows, ce = report["rows"], report["cross_entropy"]["trained_rows"]
+        figures = [rows[key] for key in ("l0", "fvu", "cosine_similarity", "dead_fraction")]
+        figures += [ce["ce_loss_score"], ce["kl_score"]]
+        lines.append(f"{name:{width}}" + "".join(f"{figure:11.4f}" for figure in figures))
     return "\n".join(lines)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,9 @@ class SpliceLoss:
     kl_spliced: float | None = None
     """Mean KL(clean || spliced), if asked for."""
     kl_zero_ablated: float | None = None
+    ce_mean_ablated: float | None = None
+    """With the mean row in the place of each, if a mean was given."""
+    kl_mean_ablated: float | None = None
 
     @property
     def ce_loss_score(self) -> float:
@@ -71,30 +75,48 @@ class LossRecovered:
         return self.trained_rows.ce_loss_score
 
 
-@torch.no_grad()
 def loss_recovered(
     lm: LanguageModel,
     hook: HookPoint,
     tokens: Int[Tensor, "n L"],
     reconstruct: Callable[[Rows], Rows],
+    **options: Any,
+) -> LossRecovered:
+    """Cross-entropy of next tokens with activations clean, spliced and ablated.
+
+    Args:
+        reconstruct: the rows that replace the rows it gets, for instance `lambda x: sae(x)`.
+        options: as in `losses_recovered`, which takes several at once.
+    """
+    return losses_recovered(lm, hook, tokens, {"": reconstruct}, **options)[""]
+
+
+@torch.no_grad()
+def losses_recovered(
+    lm: LanguageModel,
+    hook: HookPoint,
+    tokens: Int[Tensor, "n L"],
+    reconstructs: Mapping[str, Callable[[Rows], Rows]],
     *,
     row_filter: RowFilter,
     every_position: bool = True,
     kl: bool = False,
+    mean: Float[Tensor, " D"] | None = None,
     batch_contexts: int | None = None,
-) -> LossRecovered:
-    """Cross-entropy of next tokens with activations clean, spliced and zero-ablated.
+) -> dict[str, LossRecovered]:
+    """The same for several SAEs at one hook, which share the passes that none of them changes.
 
     Args:
-        reconstruct: the rows that replace the rows it gets, for instance `lambda x: sae(x)`.
+        reconstructs: by name, what replaces the rows it gets.
         row_filter: the rows an SAE is trained on, `Activations.row_filter`; first positions and
             massive rows are then neither spliced nor ablated.
-        every_position: splice and ablate all positions as well, in two more passes.
+        every_position: splice and ablate all positions as well.
         kl: also the divergence of the predictions from the clean ones.
+        mean: a row, usually the mean of the activations, to ablate with besides zeros.
         batch_contexts: contexts per forward pass; None chooses by device.
 
     Raises:
-        ValueError: tokens without a next token; `reconstruct` returned another shape.
+        ValueError: tokens without a next token; a reconstruction has another shape.
     """
     if tokens.dim() != 2 or len(tokens) == 0 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must have the shape [n, L] with L >= 2, got {list(tokens.shape)}")
@@ -103,26 +125,37 @@ def loss_recovered(
     filters = {"trained": row_filter}
     if every_position:
         filters["every"] = RowFilter(skip_first=0, norm_limit=math.inf)
-    sums = _Sums()
+    changes: dict[_Change, Callable[[Rows], Rows]] = {("zero",): torch.zeros_like}
+    if mean is not None:
+        changes["mean",] = lambda rows: mean.to(rows).expand_as(rows)
+    changes |= {("spliced", name): change for name, change in reconstructs.items()}
+    sums, n_replaced = _Sums(), 0
     step = batch_contexts or _default_batch(lm.device, tokens.shape[1])
     for batch in tokens.to(lm.device).split(step):
         clean = lm.model(input_ids=batch, use_cache=False).logits
         sums.add("clean", clean, batch)
-        for name, chosen in filters.items():
-            for change, new_rows in (("spliced", reconstruct), ("zero", torch.zeros_like)):
+        for which, chosen in filters.items():
+            for change, new_rows in changes.items():
                 edit = _Replace(chosen, new_rows)
                 with splice(lm, hook, edit):
                     logits = lm.model(input_ids=batch, use_cache=False).logits
-                sums.add(f"{name}_{change}", logits, batch, clean if kl else None)
-                if name == "trained" and change == "spliced":
-                    sums.n_replaced += edit.n_replaced
+                sums.add((which, *change), logits, batch, clean if kl else None)
+                if (which, change) == ("trained", ("zero",)):
+                    n_replaced += edit.n_replaced
     n_predicted = len(tokens) * (tokens.shape[1] - 1)
-    return LossRecovered(
-        trained_rows=sums.loss("trained", n_predicted),
-        every_position=sums.loss("every", n_predicted) if every_position else None,
-        untouched_fraction=1 - sums.n_replaced / tokens.numel(),
-        n_predicted=n_predicted,
-    )
+    return {
+        name: LossRecovered(
+            trained_rows=sums.loss("trained", name, n_predicted),
+            every_position=sums.loss("every", name, n_predicted) if every_position else None,
+            untouched_fraction=1 - n_replaced / tokens.numel(),
+            n_predicted=n_predicted,
+        )
+        for name in reconstructs
+    }
+
+
+_Change = tuple[str, ...]
+"""What is put in the rows' place: "zero", "mean", or "spliced" and an SAE's name."""
 
 
 class _Replace:
@@ -149,11 +182,12 @@ class _Sums:
     """Sums over tokens in float64; logits are handled a context at a time to spare memory."""
 
     def __init__(self) -> None:
-        self.ce: dict[str, float] = {}
-        self.kl: dict[str, float] = {}
-        self.n_replaced = 0
+        self.ce: dict[str | _Change, float] = {}
+        self.kl: dict[str | _Change, float] = {}
 
-    def add(self, name: str, logits: Tensor, tokens: Tensor, clean: Tensor | None = None) -> None:
+    def add(
+        self, name: str | _Change, logits: Tensor, tokens: Tensor, clean: Tensor | None = None
+    ) -> None:
         for i, targets in enumerate(tokens[:, 1:]):
             log_p = F.log_softmax(logits[i, :-1].float(), dim=-1)
             ce = -log_p.gather(1, targets[:, None]).cpu().double().sum().item()
@@ -163,14 +197,18 @@ class _Sums:
                 per_token = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(dim=-1)
                 self.kl[name] = self.kl.get(name, 0.0) + per_token.cpu().double().sum().item()
 
-    def loss(self, name: str, n: int) -> SpliceLoss:
-        spliced, zero = f"{name}_spliced", f"{name}_zero"
+    def loss(self, which: str, name: str, n: int) -> SpliceLoss:
+        ce = {change: total / n for change, total in self.ce.items()}
+        kl = {change: total / n for change, total in self.kl.items()}
+        spliced, zero, mean = (which, "spliced", name), (which, "zero"), (which, "mean")
         return SpliceLoss(
-            ce_clean=self.ce["clean"] / n,
-            ce_spliced=self.ce[spliced] / n,
-            ce_zero_ablated=self.ce[zero] / n,
-            kl_spliced=self.kl[spliced] / n if self.kl else None,
-            kl_zero_ablated=self.kl[zero] / n if self.kl else None,
+            ce_clean=ce["clean"],
+            ce_spliced=ce[spliced],
+            ce_zero_ablated=ce[zero],
+            ce_mean_ablated=ce.get(mean),
+            kl_spliced=kl.get(spliced),
+            kl_zero_ablated=kl.get(zero),
+            kl_mean_ablated=kl.get(mean),
         )
 
 

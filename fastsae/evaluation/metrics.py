@@ -18,17 +18,25 @@ DEFINITIONS = {
     "nmse_openai": "mean over rows of ||e||^2 / ||x||^2",
     "ev_saelens": "1 - fvu",
     "ev_saelens_legacy": "mean over rows of 1 - ||e||^2 / ||x - batch mean||^2",
-    "ev_sparsify": "mean over batches of 1 - sum ||e||^2 / sum ||x - batch mean||^2",
+    "ev_sparsify": "mean over batches of 1 - sum ||e||^2 / sum ||x - batch mean||^2; also "
+    "llamascopium's, and that of SAELens's log of a training",
     "ev_dictlearning": "mean over batches of 1 - sum_d var(e_d) / sum_d var(x_d)",
+    "ev_saebench": "1 - mean ||e||^2 / (mean ||x||^2 - m^2), m = mean over d and batches of the "
+    "batch mean of x_d^2: SAEBench 0.6.0 as it is coded, squares where means were meant",
+    "ev_openai": "1 - mean ||e||^2 / s, s = mean over the first batch of ||x - batch mean||^2",
+    "ev_overcomplete": "1 - sum ||e||^2 / sum ||x - c||^2, c = the mean of all numbers in all rows",
     "cosine_similarity": "mean over rows of <x, x_hat> / (||x|| ||x_hat||)",
-    "l2_ratio": "mean over rows of ||x_hat|| / ||x||",
+    "l2_ratio": "mean over rows of ||x_hat|| / ||x||: shrinkage is 1 minus this",
     "relative_reconstruction_bias": "sum ||x_hat||^2 / sum <x, x_hat>",
     "l0": "mean over rows of the number of latents with act != 0",
     "dead_fraction": "fraction of the latents with act == 0 in all N rows",
 }
 
 _CHUNK_ROWS = 1024
-_SUMS = ("e2", "x2", "xhat2", "dot", "nmse", "cosine", "l2_ratio", "legacy", "sparsify", "dict")
+_SUMS = (
+    *("e2", "x2", "xhat2", "dot", "nmse", "cosine", "l2_ratio", "legacy", "sparsify", "dict"),
+    *("mean_squares", "first_spread"),
+)
 
 
 class ReconstructionMetrics:
@@ -95,15 +103,20 @@ class ReconstructionMetrics:
         n, sums = self._n_rows, self._sums
         centred = sums["x2"] - self._sum_x.square().sum() / n
         fvu = sums["e2"] / centred
+        mse, m = sums["e2"] / n, sums["mean_squares"] / self._n_batches
+        about_one_number = sums["x2"] - self._sum_x.sum().square() / (n * self.d_in)
         values = {
             "n_rows": n,
             "fvu": fvu,
-            "mse": sums["e2"] / n,
+            "mse": mse,
             "nmse_openai": sums["nmse"] / n,
             "ev_saelens": 1 - fvu,
             "ev_saelens_legacy": sums["legacy"] / n,
             "ev_sparsify": sums["sparsify"] / self._n_batches,
             "ev_dictlearning": sums["dict"] / self._n_batches,
+            "ev_saebench": 1 - mse / (sums["x2"] / n - m.square()),
+            "ev_openai": 1 - mse / sums["first_spread"],
+            "ev_overcomplete": 1 - sums["e2"] / about_one_number,
             "cosine_similarity": sums["cosine"] / n,
             "l2_ratio": sums["l2_ratio"] / n,
             "relative_reconstruction_bias": sums["xhat2"] / sums["dot"],
@@ -127,14 +140,14 @@ class ReconstructionMetrics:
         """Sums of one batch, in chunks so that float64 copies stay small."""
         n, sums = len(x), self._sums
         batch_mean = x.mean(dim=0, dtype=torch.float64)
-        e2_batch, centred_batch = torch.zeros_like(sums["e2"]), torch.zeros_like(sums["e2"])
+        e2_batch, x2_batch, centred_batch = (torch.zeros_like(sums["e2"]) for _ in range(3))
         sum_e = torch.zeros_like(batch_mean)
         for x_part, x_hat_part in zip(x.split(_CHUNK_ROWS), x_hat.split(_CHUNK_ROWS), strict=True):
             a, b = x_part.double(), x_hat_part.double()
             e = a - b
             e2, a2, b2 = (t.square().sum(dim=1) for t in (e, a, b))
             dot, centred = (a * b).sum(dim=1), (a - batch_mean).square().sum(dim=1)
-            sums["x2"] += a2.sum()
+            x2_batch += a2.sum()
             sums["xhat2"] += b2.sum()
             sums["dot"] += dot.sum()
             sums["nmse"] += (e2 / a2).sum()
@@ -146,6 +159,10 @@ class ReconstructionMetrics:
             sum_e += e.sum(dim=0)
             self._sum_x += a.sum(dim=0)
         sums["e2"] += e2_batch
+        sums["x2"] += x2_batch
+        sums["mean_squares"] += x2_batch / x.numel()
+        if self._n_batches == 0:
+            sums["first_spread"] += centred_batch / n
         sums["sparsify"] += 1 - e2_batch / centred_batch
         sums["dict"] += 1 - (e2_batch - sum_e.square().sum() / n) / centred_batch
 

@@ -2,4 +2,5 @@
 
 from fastsae.training.config import OptimizerConfig as OptimizerConfig
 from fastsae.training.config import TrainConfig as TrainConfig
+from fastsae.training.group import TrainerGroup as TrainerGroup
 from fastsae.training.trainer import Trainer as Trainer

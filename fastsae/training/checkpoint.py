@@ -8,28 +8,46 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastsae.files import replacing
 from fastsae.saes import SAE
-from fastsae.training.optimizer import MOMENTS, restore_memory_order
+from fastsae.training.config import TrainConfig
+from fastsae.training.memory_order import restore_memory_order
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
 
 TENSORS = "trainer_state.safetensors"
 STATE = "trainer_state.json"
+FREE = (
+    "log_every",
+    "log_to",
+    "project",
+    "run_name",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "checkpoint_at_end",
+)
+"""Fields of a run that may change when it is resumed: they do not touch its bits."""
 
 
-def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
-    """Write `folder/step-N`: the SAE in SAELens's format, the optimizer and the counters."""
-    path = folder / f"step-{trainer.steps_done:09d}"
+def save_checkpoint(trainer: "Trainer") -> Path:
+    """Write `out/checkpoints/step-N`: the SAE in SAELens's format, optimizer and counters."""
+    if trainer.out is None:
+        raise ValueError("out must be a folder to save a checkpoint, got None")
+    if trainer.steps_done == 0:
+        raise ValueError("steps_done must be at least 1 to save a checkpoint, got 0")
+    folder = trainer.out / "checkpoints"
+    path = _path(folder, trainer.steps_done)
     if path.exists():  # of the same bits: it was resumed from, or written just before
         return path
     tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
     tensors |= {f"scaling.{name}": t for name, t in trainer.scaling.state_dict().items()}
     for name, parameter in trainer.sae.named_parameters():
         state = trainer.optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": state[key] for key in ("step", *MOMENTS)}
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     state = {
         "steps_done": trainer.steps_done,
         "training_seconds": trainer.training_seconds,
@@ -42,16 +60,32 @@ def save_checkpoint(trainer: "Trainer", folder: Path) -> Path:
         trainer.sae.save_model(temporary)
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=2))
-    every = trainer.cfg.keep_every
-    for old in _checkpoints(folder)[: -trainer.cfg.keep_checkpoints]:
-        if every is None or int(old.name.removeprefix("step-")) % every:
-            shutil.rmtree(old)
     return path
 
 
+def remove_old_checkpoints(folder: Path, cfg: TrainConfig) -> None:
+    """Keep the newest `keep_checkpoints` and those at multiples of `keep_every` steps."""
+    for step in checkpoint_steps(folder)[: -cfg.keep_checkpoints]:
+        if cfg.keep_every is None or step % cfg.keep_every:
+            remove_checkpoint(folder, step)
+
+
+def remove_checkpoint(folder: Path, step: int) -> None:
+    """Take it off in one rename, so that a kill leaves no half of it."""
+    gone = folder / f".{_path(folder, step).name}.removed"
+    _path(folder, step).rename(gone)
+    shutil.rmtree(gone)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps there are checkpoints of, ascending."""
+    found = folder.glob("step-*") if folder.is_dir() else []
+    return sorted(int(path.name.removeprefix("step-")) for path in found if path.is_dir())
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    steps = checkpoint_steps(folder)
+    return _path(folder, steps[-1]) if steps else None
 
 
 def load_checkpoint(trainer: "Trainer", path: Path) -> None:
@@ -79,14 +113,12 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
     saved = SAE.load_from_disk(path, device=trainer.device)
     trainer.sae.load_state_dict(saved.state_dict())
     trainer.copy_weights()
-    fused = trainer.optimizer.defaults.get("fused")  # torch's keeps the step beside the moments
     for name, parameter in trainer.sae.named_parameters():
+        prefix = f"optimizer.{name}."
         trainer.optimizer.state[parameter] = {
-            "step": tensors[f"optimizer.{name}.step"].to(parameter.device if fused else "cpu"),
-            **{
-                key: restore_memory_order(parameter, tensors[f"optimizer.{name}.{key}"])
-                for key in MOMENTS
-            },
+            key.removeprefix(prefix): _optimizer_state(trainer, parameter, tensor)
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
         }
     for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
         part.load_state_dict(
@@ -96,12 +128,19 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
     trainer.training_seconds = state["training_seconds"]
 
 
+def _optimizer_state(trainer: "Trainer", parameter: Tensor, saved: Tensor) -> Tensor:
+    """One tensor of a parameter's state, where and how its optimizer keeps it."""
+    if saved.shape == parameter.shape:
+        return restore_memory_order(parameter, saved)
+    at_home = saved.ndim > 0 or trainer.optimizer.counts_on_device
+    return saved.to(parameter.device if at_home else "cpu")
+
+
 def _config(trainer: "Trainer") -> dict[str, object]:
     """What a resumed run must share: everything but how often it logs and saves."""
     values = asdict(trainer.cfg) | {"architecture": trainer.cfg.sae.architecture}
-    free = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "checkpoint_at_end")
-    return json.loads(json.dumps({k: v for k, v in values.items() if k not in free}))
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"

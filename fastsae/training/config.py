@@ -10,17 +10,28 @@ from fastsae.training import defaults
 from fastsae.training.centre import CENTRES, Centre
 from fastsae.training.schedule import Schedule
 
+Tracking = Literal["wandb", "tensorboard", "trackio"]
+Kind = Literal["row_adam", "adam", "signum", "muon"]
+Moments = Literal["float32", "bfloat16", "8bit"]
+Rounding = Literal["nearest", "stochastic"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Adam and its schedule: linear warm-up, constant or cosine, linear decay to 0."""
 
-    kind: Literal["row_adam", "adam"] = "row_adam"
-    """`row_adam` never writes the dictionary's dense gradient; `adam` is torch's fused one."""
+    kind: Kind = "row_adam"
+    """`row_adam` is Adam and never writes the dictionary's dense gradient; `adam` is torch's fused
+    one, `signum` steps by the sign of the first moment, `muon` orthogonalises it (torch 2.9)."""
     lr: float | None = None
-    """Peak learning rate; None: 3e-3 * sqrt(4608 / d_sae)."""
+    """Peak learning rate; None: 3e-3 * sqrt(4608 / d_sae), a tenth of it for signum."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    moments: Moments = "float32"
+    """How `row_adam` keeps the dictionary's two moments: 8, 4 or 2 bytes a weight."""
+    rounding: Rounding = "nearest"
+    """How `row_adam` writes weights that are bf16 (`dtype` of the SAE): `stochastic` lets steps
+    under 1/512 of a weight move it by chance, right on average, where `nearest` loses them."""
     clip_norm: float | None = 1.0
     """Bound on the global norm of the gradient; None: no clipping."""
     warm_up_steps: int | None = None
@@ -38,9 +49,16 @@ class OptimizerConfig:
     is scaled after each step."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
+        choices = {"kind": Kind, "moments": Moments, "rounding": Rounding, "schedule": Schedule}
+        for name, known in choices.items():
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(
+                    f"{name} must be one of {list(get_args(known))}, got {getattr(self, name)!r}"
+                )
+        if self.kind != "row_adam" and (self.moments, self.rounding) != ("float32", "nearest"):
             raise ValueError(
-                f"schedule must be one of {list(get_args(Schedule))}, got {self.schedule!r}"
+                "moments and rounding must be 'float32' and 'nearest' for every kind but "
+                f"'row_adam', got {self.moments!r} and {self.rounding!r} for {self.kind!r}"
             )
         if self.lr_end is not None and self.lr_end < 0:
             raise ValueError(f"lr_end must be at least 0 or None, got {self.lr_end}")
@@ -72,10 +90,19 @@ class TrainConfig:
     """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
+    resample_every: int | None = None
+    """Steps between two resamplings of dead latents (`fastsae.training.resampling`), up to the
+    learning rate's decay; None: never, AuxK revives them."""
     seed: int = 0
     """Of the initial weights and of the order of the rows."""
     log_every: int = 20
     """Steps between two lines of the log."""
+    log_to: tuple[Tracking, ...] = ()
+    """Where the log goes besides `metrics.jsonl`: each comes with the extra of its name."""
+    project: str = "fastsae"
+    """The run's project there."""
+    run_name: str | None = None
+    """The run's name there; None: its folder's."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; None: at the end only."""
     keep_checkpoints: int = 2
@@ -89,6 +116,9 @@ class TrainConfig:
         self.sae.check_trainable()
         if self.b_dec_init not in CENTRES:
             raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
+        for name in self.log_to:
+            if name not in get_args(Tracking):
+                raise ValueError(f"log_to must be among {list(get_args(Tracking))}, got {name!r}")
         for name in ("total_tokens", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -105,6 +135,7 @@ class TrainConfig:
             "dead_window",
             "checkpoint_every",
             "keep_every",
+            "resample_every",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,7 +146,7 @@ class TrainConfig:
         batch_size = self.batch_size or defaults.batch_size(device, self.total_tokens)
         steps = max(1, self.total_tokens // batch_size)
         optimizer = self.optimizer
-        lr = optimizer.lr or defaults.learning_rate(self.sae.d_sae)
+        lr = optimizer.lr or defaults.learning_rate(self.sae.d_sae, optimizer.kind)
         warm_up, decay = optimizer.warm_up_steps, optimizer.decay_steps
         return replace(
             self,

@@ -43,6 +43,10 @@ class DeadLatents:
     def dead(self) -> Bool[Tensor, " F"]:
         return self.since_fired > self.window
 
+    def start_again(self, latents: Int[Tensor, " n"]) -> None:
+        """These were given new weights: they are alive for a window."""
+        self.since_fired[latents] = 0
+
     def state_dict(self) -> dict[str, Tensor]:
         tokens = torch.tensor(self.tokens)
         return {"since_fired": self.since_fired, "fired": self.fired, "tokens": tokens}

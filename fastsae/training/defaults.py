@@ -36,9 +36,12 @@ def compute_dtype(device: torch.device, sae_dtype: str) -> str:
     return "bfloat16" if device.type == "cuda" and sae_dtype == "float32" else sae_dtype
 
 
-def learning_rate(d_sae: int) -> float:
-    """3e-3 at F = 4608, falling with the square root of F (Gao et al. 2024, figure 3)."""
-    return 3e-3 * math.sqrt(4608 / d_sae)
+def learning_rate(d_sae: int, kind: str = "row_adam") -> float:
+    """3e-3 at F = 4608, falling with the square root of F (Gao et al. 2024, figure 3).
+
+    Muon's updates are scaled to the size of Adam's; every element of signum's has the full size.
+    """
+    return 3e-3 * math.sqrt(4608 / d_sae) * (0.1 if kind == "signum" else 1.0)
 
 
 def warm_up_steps(total_steps: int) -> int:

@@ -1,8 +1,7 @@
-"""The main job: text -> a language model's activations -> an SAE, evaluated and saved."""
+"""The main job: text -> a language model's activations -> SAEs, evaluated and saved."""
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,24 @@ from fastsae.data import (
 )
 from fastsae.data.batches import ShuffledRows
 from fastsae.device import resolve_device
-from fastsae.evaluation.evaluate import evaluate
+from fastsae.evaluation.diagnosis import diagnose
+from fastsae.evaluation.evaluate import evaluate_several
 from fastsae.files import replacing, write_json
 from fastsae.interop.formats import load_sae
 from fastsae.saes import SAE, SAES
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training import defaults
 from fastsae.training.centre import Centre
-from fastsae.training.config import OptimizerConfig, TrainConfig
+from fastsae.training.config import OptimizerConfig, Tracking, TrainConfig
+from fastsae.training.group import TrainerGroup
+from fastsae.training.memory import MemoryPlan, explained
+from fastsae.training.run_folder import as_json, open_folder
+from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
+from fastsae.training.trackers import check_installed
 from fastsae.training.trainer import Trainer
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with the stage, what is done, what there is to do, and figures worth showing."""
-
-
-SET_BY_THE_RUN = ("d_in", "reshape_activations", "metadata")
-"""Fields of an SAE's configuration that follow from the model, the hook and the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,16 @@ class LanguageModelRun:
     """Checkpoints over the run; the newest two are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of so many steps are kept as well."""
+    resample_every: int | None = None
+    """Steps between two resamplings of dead latents; None: never, AuxK revives them."""
+    log_to: tuple[Tracking, ...] = ()
+    """Where the log goes besides metrics.jsonl: wandb, tensorboard, trackio."""
+    project: str = "fastsae"
+    """The run's project there."""
+    also: tuple[dict[str, Any], ...] = ()
+    """Further SAEs, trained side by side on the same batches: for each what differs, such as
+    "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE and the optimizer.
+    Each has its folder."""
     seed: int = 0
     device: str = "auto"
     resume: bool = False
@@ -116,6 +127,7 @@ class LanguageModelRun:
                     f"sae must hold fields of the variant {self.variant} among {settable}, "
                     f"got {name!r}"
                 )
+        runs_of(self)
 
 
 @dataclass(frozen=True)
@@ -133,78 +145,156 @@ class Trained:
 
 
 def train_on_language_model(run: LanguageModelRun, progress: Progress | None = None) -> Trained:
-    """Harvest, train, save and evaluate; everything is written under `run.out`.
+    """Harvest, train, save and evaluate one SAE; everything is written under `run.out`.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
         OSError: `out` cannot be written to.
         ValueError: an argument breaks the rule it names, or the activations hold NaN or inf.
+        OutOfMemory: with the breakdown and the settings that free most.
         ImportError: the `train` extra is absent.
+    """
+    if run.also:
+        raise ValueError("also must be empty for one SAE; train_side_by_side takes several")
+    return train_side_by_side(run, progress)[""]
+
+
+def train_side_by_side(
+    run: LanguageModelRun,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Trained]:
+    """The same for the SAE of the run and those in `also`, by the names of their folders.
+
+    Activations are harvested once a hook, and every SAE of it gets the same batches.
+
+    Args:
+        say: called with what is known before the work starts: the memory it will take.
     """
     tell = progress or (lambda *_: None)
     timings: dict[str, float] = {}
-    _open_folder(run)
+    check_installed(run.log_to)
+    open_folder(run)
     device = resolve_device(run.device)
     lm = load_language_model(run.model, device=device)
-    layer = lm.n_layers // 2 if run.layer is None else run.layer
-    hook = resolve_hook(lm, run.hook or resid_hook_name(layer))
-    start = None if run.finetune_from is None else load_sae(run.finetune_from, device)
-    cfg = _config(run, lm, hook, start)
+    runs = runs_of(run)
+    hooks = {name: _hook(one, lm) for name, one in runs.items()}
+    starts = {
+        name: load_sae(one.finetune_from, device)
+        for name, one in runs.items()
+        if one.finetune_from is not None
+    }
+    cfgs = {
+        name: _config(run, one, lm, hooks[name], starts.get(name)) for name, one in runs.items()
+    }
+    plan = _memory_plan(run, lm, cfgs, hooks, device)
+    if say is not None:
+        say(plan.table() if plan.fits else f"{plan.table()}\n{plan.advice()}")
+    data: dict[HookPoint, tuple[Activations, Activations]] = {}
+    with explained(plan):
+        started = time.perf_counter()
+        for hook in hooks.values():
+            if hook not in data:
+                data[hook] = _harvest(run, lm, hook, tell)
+        timings["harvest"] = time.perf_counter() - started
+
+        started = time.perf_counter()
+        group = TrainerGroup(cfgs, device=device, out=run.out, starts=starts)
+        write_json(run.out / "run.json", as_json(run))
+        if run.resume:
+            group.resume()
+        total, first = run.tokens, next(iter(runs))
+        saes = group.fit(
+            _batches(group, hooks, data, run.seed),
+            sample={name: _sample(data[hook][0].rows) for name, hook in hooks.items()},
+            progress=lambda n, line: (
+                tell("train", line["tokens"], total, line) if n == first else None
+            ),
+        )
+        timings["train"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    train, held_out = _harvest(run, lm, hook, tell)
-    timings["harvest"] = time.perf_counter() - started
-
-    started = time.perf_counter()
-    trainer = Trainer(cfg, device=device, out=run.out, start=start)
-    write_json(run.out / "run.json", _as_json(run))
-    if run.resume:
-        trainer.resume()
-    batches = ShuffledRows(train.rows, trainer.cfg.batch_size or 1, run.seed)
-    total = trainer.cfg.total_tokens
-    sae = trainer.fit(
-        batches.from_step(trainer.steps_done),
-        sample=train.rows[:: max(1, len(train.rows) // 65_536)],
-        progress=lambda line: tell("train", line["tokens"], total, line),
-    )
-    timings["train"] = time.perf_counter() - started
-
-    sae.save_model(run.out / "sae")
-    with replacing(run.out / "sae" / "sparsity.safetensors") as temporary:
-        save_file({"sparsity": trainer.log_sparsity().float().cpu()}, temporary)
-    started = time.perf_counter()
-    report = evaluate(sae, lm, hook, held_out, progress=lambda a, b: tell("evaluate", a, b, {}))
-    report["training"] = trainer.metrics
-    write_json(run.out / "eval.json", report)
+    reports: dict[str, dict[str, Any]] = {}
+    for hook, (_, held_out) in data.items():
+        here = {name: sae for name, sae in saes.items() if hooks[name] == hook}
+        reports |= evaluate_several(
+            here, lm, hook, held_out, progress=lambda a, b: tell("evaluate", a, b, {})
+        )
     timings["evaluate"] = time.perf_counter() - started
+    return {
+        name: _finish(
+            run.out / name,
+            group.trainers[name],
+            saes[name],
+            reports[name],
+            lm,
+            data[hooks[name]][1],
+            timings,
+        )
+        for name in runs
+    }
+
+
+def _finish(
+    out: Path,
+    trainer: Trainer,
+    sae: SAE,
+    report: dict[str, Any],
+    lm: LanguageModel,
+    held_out: Activations,
+    timings: dict[str, float],
+) -> Trained:
+    """Save an SAE and its evaluation."""
+    sae.save_model(out / "sae")
+    with replacing(out / "sae" / "sparsity.safetensors") as temporary:
+        save_file({"sparsity": trainer.log_sparsity().float().cpu()}, temporary)
+    report["training"] = trainer.metrics
+    report["verdicts"] = [asdict(v) for v in diagnose(trainer.cfg.sae, report)]
+    write_json(out / "eval.json", report)
     density = trainer.dead.fired / max(1, trainer.dead.tokens)
     return Trained(sae, report, lm, held_out, density, timings)
 
 
-FREE_ON_RESUME = {"out", "resume", "device", "eval_tokens", "checkpoints"}
+def _hook(run: LanguageModelRun, lm: LanguageModel) -> HookPoint:
+    layer = lm.n_layers // 2 if run.layer is None else run.layer
+    return resolve_hook(lm, run.hook or resid_hook_name(layer))
 
 
-def _open_folder(run: LanguageModelRun) -> None:
-    """Refuse another run's folder before the long work, and one that cannot be written to."""
-    path = run.out / "run.json"
-    if not path.exists():
-        write_json(run.out / ".writable", True)
-        (run.out / ".writable").unlink()
-        return
-    if not run.resume:
-        raise FileExistsError(
-            f"out must be a folder without a run, got {run.out}; continue it with --resume or "
-            "choose another"
-        )
-    then, now = json.loads(path.read_text()), _as_json(run)
-    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
-    if changed:
-        listing = "; ".join(f"{k}: {then.get(k)!r} then, {now[k]!r} now" for k in changed)
-        raise ValueError(f"run must be the one in {run.out} to resume it, got {listing}")
+def _sample(rows: torch.Tensor) -> torch.Tensor:
+    return rows[:: max(1, len(rows) // 65_536)]
 
 
-def _as_json(run: LanguageModelRun) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(run), default=str))
+def _batches(
+    group: TrainerGroup,
+    hooks: dict[str, HookPoint],
+    data: dict[HookPoint, tuple[Activations, Activations]],
+    seed: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batch of each SAE, drawn once a hook."""
+    size = next(iter(group.trainers.values())).cfg.batch_size or 1
+    streams = {
+        hook: ShuffledRows(train.rows, size, seed).from_step(group.steps_done)
+        for hook, (train, _) in data.items()
+    }
+    while True:
+        drawn = {hook: next(stream) for hook, stream in streams.items()}
+        yield {name: drawn[hook] for name, hook in hooks.items()}
+
+
+def _memory_plan(
+    run: LanguageModelRun,
+    lm: LanguageModel,
+    cfgs: dict[str, TrainConfig],
+    hooks: dict[str, HookPoint],
+    device: torch.device,
+) -> MemoryPlan:
+    widths = {hook: cfgs[name].sae.d_in for name, hook in hooks.items()}
+    rows = (run.harvest_tokens or run.tokens) + run.eval_tokens
+    held = {
+        "language model": sum(p.nbytes for p in lm.model.parameters()),
+        "activations": rows * sum(widths.values()) * lm.model.dtype.itemsize,
+    }
+    return MemoryPlan(cfgs, device, held, {"activations": "harvest_tokens halved"})
 
 
 def _harvest(
@@ -230,13 +320,18 @@ def _harvest(
 
 
 def _config(
-    run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, start: SAE | None
+    run: LanguageModelRun,
+    one: LanguageModelRun,
+    lm: LanguageModel,
+    hook: HookPoint,
+    start: SAE | None,
 ) -> TrainConfig:
+    """Of one of the run's SAEs: the text and the order of the rows are the run's."""
     d_in = d_at(lm, hook)
-    d_sae = run.sae.get("d_sae") or (start and start.cfg.d_sae)
+    d_sae = one.sae.get("d_sae") or (start and start.cfg.d_sae)
     shape = {
-        **defaults.sae_fields(run.variant),
-        **run.sae,
+        **defaults.sae_fields(one.variant),
+        **one.sae,
         "d_in": d_in,
         "d_sae": defaults.d_sae(d_in) if d_sae is None else d_sae,
         "metadata": {
@@ -251,13 +346,16 @@ def _config(
         },
     }
     cfg = TrainConfig(
-        sae=SAES[run.variant].config_class(**shape),
+        sae=SAES[one.variant].config_class(**shape),
         total_tokens=run.tokens,
         batch_size=run.batch_size,
         micro_batch_size=run.micro_batch_size,
-        optimizer=run.optimizer,
-        b_dec_init=run.b_dec_init,
+        optimizer=one.optimizer,
+        b_dec_init=one.b_dec_init,
         keep_every=run.keep_every,
-        seed=run.seed,
+        resample_every=one.resample_every,
+        log_to=run.log_to,
+        project=run.project,
+        seed=one.seed,
     ).resolved(resolve_device(run.device))
     return replace(cfg, checkpoint_every=max(1, cfg.total_steps // run.checkpoints))

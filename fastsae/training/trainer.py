@@ -3,8 +3,8 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,22 @@ from fastsae.device import resolve_device
 from fastsae.saes import SAE, SAES, SAELoss
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training.centre import CENTRES
-from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
-from fastsae.training.interruption import Interrupted, stop_requested
 from fastsae.training.log import RunLog
+from fastsae.training.loop import fit_together, save_together
+from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.optimizer import build_optimizer, compute_copies
+from fastsae.training.resampling import resample
 from fastsae.training.scaling import build_scaling
 from fastsae.training.schedule import lr_factor
+from fastsae.training.trackers import Tracker, trackers_of
 
 Batch = Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B D_out"]]
 """Rows, or rows and the targets of a transcoder."""
+Sample = Float[Tensor, "N D"] | tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]
+"""The same of another number, to initialise from."""
 NEVER_FIRED_FREQUENCY = 1e-10  # what SAELens adds before the logarithm
 
 
@@ -68,6 +73,8 @@ class Trainer:
         self.log = RunLog(None if out is None else out / "metrics.jsonl")
         self.metrics: dict[str, Any] = {}
         self.training_seconds = 0.0
+        self._trackers: list[Tracker] = []
+        self._total = torch.zeros(())
 
     def copy_weights(self) -> None:
         """Make the copies that the products read; from here on the optimizer keeps them."""
@@ -101,7 +108,7 @@ class Trainer:
         self,
         batches: Iterable[Batch],
         *,
-        sample: Batch | None = None,
+        sample: Sample | None = None,
         progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> SAE:
         """Train until the run's tokens are used up; returns the SAE as it is exported.
@@ -115,63 +122,46 @@ class Trainer:
         Raises:
             ValueError: the batches end too early, or hold NaN or inf (the step is named).
             FileExistsError: `out` holds checkpoints of another run, which was not resumed.
+            OutOfMemory: with the breakdown and the settings that free most.
             Interrupted: SIGINT or SIGTERM came and `out` is a folder; the step was finished and a
                 checkpoint saved.
         """
-        with ExitStack() as stack:
-            stopped = lambda: False
-            if self.out is not None:
-                stopped = stack.enter_context(stop_requested())
-            self._fit(batches, sample, progress, stopped)
+        tell = None if progress is None else (lambda _, line: progress(line))
+        with explained(MemoryPlan({"": self.cfg}, self.device)):
+            fit_together({"": self}, batches, sample, tell)
+        return self.finish()
+
+    def finish(self) -> SAE:
+        """Give the weights back to ordinary autograd; the SAE as it is exported."""
         self.optimizer.release()
         self.sae.compute_copies = {}
         return self.export()
 
-    def _fit(
-        self,
-        batches: Iterable[Batch],
-        sample: Batch | None,
-        progress: Callable[[dict[str, Any]], None] | None,
-        stopped: Callable[[], bool],
-    ) -> None:
-        if self.out is not None and self.steps_done == 0:
-            earlier = latest_checkpoint(self.out / "checkpoints")
-            if earlier is not None:
-                raise FileExistsError(
-                    f"out must be a folder without checkpoints, got {earlier}; continue that run "
-                    "with resume() or choose another folder"
-                )
-        iterator = iter(batches)
-        while self.steps_done < self.cfg.total_steps:
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Inside this context lines of the log go to the trackers of the configuration too."""
+        with trackers_of(self.cfg, self.out, self.steps_done) as self._trackers:
             try:
-                batch = next(iterator)
-            except StopIteration:
-                raise ValueError(
-                    f"batches must last for {self.cfg.total_steps} steps, got {self.steps_done}"
-                ) from None
-            if self.steps_done == 0:
-                self.initialise(*_rows_and_targets(batch if sample is None else sample))
-            started = time.perf_counter()
-            number = self.steps_done + 1
-            logged, saved = self._is_logged(number), self._is_saved(number)
-            if logged or saved:
-                for part in _rows_and_targets(batch):
-                    check_finite(part, self.steps_done + 1)
-            loss = self.step(*_rows_and_targets(batch))
-            self.training_seconds += time.perf_counter() - started
-            if logged or saved:
-                self._check_loss(loss)
-            if logged:
-                self._record(loss)
-                if progress is not None:
-                    progress(self.metrics)
-            if saved:
-                self.save()
-            if stopped():
-                self._check_loss(loss)
-                raise Interrupted(f"stopped after step {self.steps_done}, saved in {self.save()}")
-        if self.out is not None and self.cfg.checkpoint_at_end:
-            self.save()
+                yield
+            finally:
+                self._trackers = []
+
+    def advance(self, batch: Batch, sample: Sample | None = None) -> None:
+        """A step of a run: initialise before the first, check and log where that is due."""
+        if self.steps_done == 0:
+            self.initialise(*_rows_and_targets(batch if sample is None else sample))
+        started = time.perf_counter()
+        number = self.steps_done + 1
+        logged, saved = self.is_logged(number), self.is_saved(number)
+        if logged or saved:
+            for part in _rows_and_targets(batch):
+                check_finite(part, number)
+        loss = self.step(*_rows_and_targets(batch))
+        self.training_seconds += time.perf_counter() - started
+        if logged or saved:
+            self.check_loss()
+        if logged:
+            self._record(loss)
 
     def step(
         self, x: Float[Tensor, "B D"], target: Float[Tensor, "B D_out"] | None = None
@@ -208,7 +198,20 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
+        self._total = loss.total.detach()
+        self._resample(loss)
         return loss
+
+    def _resample(self, loss: SAELoss) -> None:
+        every, decay = self.cfg.resample_every, self.cfg.optimizer.decay_steps or 0
+        if (
+            every
+            and self.steps_done % every == 0
+            and self.steps_done <= self.cfg.total_steps - decay
+        ):
+            seed = self.cfg.seed * 1_000_003 + self.steps_done
+            revived = resample(self.sae, self.optimizer, loss, self.dead.dead(), seed)
+            self.dead.start_again(revived)
 
     def _gradient(self, x: Tensor, target: Tensor | None) -> SAELoss:
         """The batch's loss, its gradient left with the optimizer; a micro-batch at a time."""
@@ -245,11 +248,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint; older ones beyond `keep_checkpoints` are removed."""
-        if self.out is None:
-            raise ValueError("out must be a folder to save a checkpoint, got None")
-        if self.steps_done == 0:
-            raise ValueError("steps_done must be at least 1 to save a checkpoint, got 0")
-        return save_checkpoint(self, self.out / "checkpoints")
+        return save_together([self])[0]
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint under `out`; False, from the start, without one."""
@@ -260,15 +259,16 @@ class Trainer:
         self.metrics = self.log.last()
         return path is not None
 
-    def _is_logged(self, step: int) -> bool:
+    def is_logged(self, step: int) -> bool:
         return step % self.cfg.log_every == 0 or step in (1, self.cfg.total_steps)
 
-    def _is_saved(self, step: int) -> bool:
+    def is_saved(self, step: int) -> bool:
         every = self.cfg.checkpoint_every
         return self.out is not None and every is not None and step % every == 0
 
-    def _check_loss(self, loss: SAELoss) -> None:
-        total = float(loss.total.detach())
+    def check_loss(self) -> None:
+        """Raise ValueError if the last step's loss was NaN or inf."""
+        total = float(self._total)
         if not math.isfinite(total):
             raise ValueError(
                 f"loss must be finite, got {total} at step {self.steps_done}; "
@@ -293,6 +293,8 @@ class Trainer:
             "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
         }
         self.log.write(self.metrics)
+        for tracker in self._trackers:
+            tracker.write(self.metrics)
 
 
 def joined(losses: list[SAELoss]) -> SAELoss:

@@ -1,0 +1,89 @@
+"""Steps over one stream of batches, of one SAE or of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsae.training.checkpoint import (
+    latest_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from fastsae.training.interruption import Interrupted, stop_requested
+
+if TYPE_CHECKING:
+    from fastsae.training.trainer import Batch, Sample, Trainer
+
+Progress = Callable[[str, dict[str, Any]], None]
+"""Called with the name of an SAE and each line of its log."""
+
+
+def fit_together(
+    trainers: Mapping[str, Trainer],
+    batches: Iterable[Batch | Mapping[str, Batch]],
+    sample: Sample | Mapping[str, Sample] | None,
+    progress: Progress | None,
+) -> None:
+    """Step every trainer on every batch until the run's tokens are used up.
+
+    A batch, or the sample, is for all of them, or a mapping holds one for each name. All are saved
+    before a checkpoint of any is removed, so that there is always one that all have.
+
+    Raises:
+        ValueError, FileExistsError, Interrupted: as in `Trainer.fit`.
+    """
+    one = next(iter(trainers.values()))
+    _refuse_other_runs(trainers.values())
+    with ExitStack() as stack:
+        stopped = lambda: False
+        if one.out is not None:
+            stopped = stack.enter_context(stop_requested())
+        for trainer in trainers.values():
+            stack.enter_context(trainer.tracked())
+        iterator = iter(batches)
+        while one.steps_done < one.cfg.total_steps:
+            batch = next(iterator, None)
+            if batch is None:
+                raise ValueError(
+                    f"batches must last for {one.cfg.total_steps} steps, got {one.steps_done}"
+                )
+            for name, trainer in trainers.items():
+                trainer.advance(_of(batch, name), None if sample is None else _of(sample, name))
+                if progress is not None and trainer.is_logged(trainer.steps_done):
+                    progress(name, trainer.metrics)
+            if one.is_saved(one.steps_done):
+                save_together(trainers.values())
+            if stopped():
+                for trainer in trainers.values():
+                    trainer.check_loss()
+                where = ", ".join(str(path) for path in save_together(trainers.values()))
+                raise Interrupted(f"stopped after step {one.steps_done}, saved in {where}")
+        if one.out is not None and one.cfg.checkpoint_at_end:
+            save_together(trainers.values())
+
+
+def save_together(trainers: Iterable[Trainer]) -> list[Path]:
+    """A checkpoint of each; then older ones beyond `keep_checkpoints` are removed."""
+    saved = [(trainer, save_checkpoint(trainer)) for trainer in trainers]
+    for trainer, path in saved:
+        remove_old_checkpoints(path.parent, trainer.cfg)
+    return [path for _, path in saved]
+
+
+def _of(batch: Any, name: str) -> Any:
+    """What is for an SAE of a batch, or of a sample."""
+    return batch[name] if isinstance(batch, Mapping) else batch
+
+
+def _refuse_other_runs(trainers: Iterable[Trainer]) -> None:
+    for trainer in trainers:
+        if trainer.out is not None and trainer.steps_done == 0:
+            earlier = latest_checkpoint(trainer.out / "checkpoints")
+            if earlier is not None:
+                raise FileExistsError(
+                    f"out must be a folder without checkpoints, got {earlier}; continue that run "
+                    "with resume() or choose another folder"
+                )

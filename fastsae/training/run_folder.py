@@ -1,0 +1,40 @@
+"""The folder of a run from a language model: a new one, or the same run's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastsae.files import write_json
+
+if TYPE_CHECKING:
+    from fastsae.training.language_model_run import LanguageModelRun
+
+FREE_ON_RESUME = {
+    *("out", "resume", "device", "eval_tokens", "checkpoints"),
+    *("keep_every", "log_to", "project"),
+}
+
+
+def open_folder(run: LanguageModelRun) -> None:
+    """Refuse another run's folder before the long work, and one that cannot be written to."""
+    path = run.out / "run.json"
+    if not path.exists():
+        write_json(run.out / ".writable", True)
+        (run.out / ".writable").unlink()
+        return
+    if not run.resume:
+        raise FileExistsError(
+            f"out must be a folder without a run, got {run.out}; continue it with --resume or "
+            "choose another"
+        )
+    then, now = json.loads(path.read_text()), as_json(run)
+    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
+    if changed:
+        listing = "; ".join(f"{k}: {then.get(k)!r} then, {now[k]!r} now" for k in changed)
+        raise ValueError(f"run must be the one in {run.out} to resume it, got {listing}")
+
+
+def as_json(run: LanguageModelRun) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(run), default=str))
