@@ -117,7 +117,7 @@ def test_a_provider_may_come_from_a_file(tmp_path):
 
 def test_the_fitted_model_is_found_again():
     known = [0.3, 0.0, 2.0, 5.0]
-    made = [
+    made: list[dict[str, float]] = [
         {"B": b, "D": d, "F": f, "K": k}
         for b, d, f, k in ((256, 64, 4096, 8), (512, 64, 8192, 8), (256, 128, 65_536, 32),
                            (1024, 256, 4096, 64), (64, 512, 16_384, 128))
@@ -171,7 +171,9 @@ def test_committed_pictures_were_drawn_from_the_committed_rows(tmp_path):
 
 def _description(path):
     """The digest that a picture carries."""
-    return re.search(rb"Description\x00([0-9a-f]{16})", path.read_bytes()).group(1)
+    found = re.search(rb"Description\x00([0-9a-f]{16})", path.read_bytes())
+    assert found is not None
+    return found.group(1)
 
 
 def test_the_command_is_quick_and_keeps_its_rows(tmp_path, monkeypatch, capsys):

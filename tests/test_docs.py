@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,8 @@ PAGES = [
 @pytest.fixture
 def lists():
     """Pages may register variants and providers; the lists are as they were afterwards."""
-    before = [(names, dict(names)) for names in (SAES, PROVIDERS)]
+    registries: tuple[dict[str, Any], ...] = (SAES, PROVIDERS)
+    before = [(names, dict(names)) for names in registries]
     yield
     for names, content in before:
         names.clear()
