@@ -27,10 +27,10 @@ PAGES = [
 @pytest.fixture
 def lists():
     """Pages may register variants and providers; the lists are as they were afterwards."""
-    registries: tuple[dict[str, Any], ...] = (SAES, PROVIDERS)
-    before = [(names, dict(names)) for names in registries]
+    registries: list[dict[str, Any]] = [SAES, PROVIDERS]
+    before = [dict(names) for names in registries]
     yield
-    for names, content in before:
+    for names, content in zip(registries, before, strict=True):
         names.clear()
         names.update(content)
 

@@ -108,8 +108,9 @@ class _MSEL1Loss(torch.autograd.Function):
         row_offsets, indices, share, *groups = saved
         needs_acts, needs_W, needs_b, needs_weight = ctx.needs_input_grad[:4]
         W_dtype, b_dtype = ctx.dtypes
-        g_mse = acts.new_zeros(()) if g_mse is None else g_mse
-        g_l1 = acts.new_zeros(()) if g_l1 is None else g_l1
+        zero: Tensor = acts.new_zeros(())
+        g_mse = zero if g_mse is None else g_mse
+        g_l1 = zero if g_l1 is None else g_l1
         # Of each entry, or of all of them, in the mean over rows.
         shares = 1 / ctx.n_rows if share is None else share[entry_rows(row_offsets, indices).long()]
         per_mse, per_l1 = 2 * shares * g_mse, shares * g_l1
