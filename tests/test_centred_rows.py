@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -9,6 +10,7 @@ import transformers
 from fastsae import StandardConfig, StandardSAE
 from fastsae.data import LanguageModel, harvest, resolve_hook
 from fastsae.evaluation.evaluate import evaluate, report_table
+from fastsae.sae_lens import ActivationsStore, get_eval_everything_config, run_evals
 from fastsae.saes.centred import expects_centred_rows, has_layer_norm
 from tiny_models import tiny_llama
 
@@ -77,3 +79,34 @@ def test_where_rows_are_centred():
     assert not expects_centred_rows({**CENTRED, "hook_name": "blocks.0.attn.hook_z"})
     assert not expects_centred_rows({"hook_name": HOOK})
     assert not has_layer_norm(tiny_llama().model), "RMS norm does not take the mean off"
+
+
+def store_of(lm: LanguageModel, **options: Any) -> ActivationsStore:
+    from types import SimpleNamespace
+
+    tokenizer: Any = SimpleNamespace(all_special_ids=[], bos_token_id=0, eos_token_id=0)
+    lm = LanguageModel("tiny", lm.model, tokenizer)
+    dataset = datasets.Dataset.from_dict({"tokens": TOKENS.tolist() * 4})
+    shared = {"context_size": 10, "store_batch_size_prompts": 4, "train_batch_size_tokens": 16}
+    return ActivationsStore(lm, dataset, hook_name=HOOK, prepend_bos=False, **shared, **options)
+
+
+def test_a_store_takes_the_means_off_where_the_model_was_to_be_centred():
+    lm = gpt2()
+    centred = store_of(lm, model_from_pretrained_kwargs={"center_writing_weights": True})
+    plain = store_of(lm)
+    rows, as_they_are = centred.get_activations(TOKENS), plain.get_activations(TOKENS)
+    assert float(rows.mean(-1).abs().max()) < 1e-5 < float(as_they_are.mean(-1).abs().max())
+    assert torch.allclose(rows, as_they_are - as_they_are.mean(-1, keepdim=True))
+    assert float(centred.next_batch().mean(-1).abs().max()) < 1e-5
+
+
+def test_sae_lens_evaluations_centre_rows_and_put_the_means_back():
+    lm, sae = gpt2(), exact_on_centred_rows(CENTRED)
+    store = store_of(lm, model_from_pretrained_kwargs={"center_writing_weights": True})
+    metrics, _ = run_evals(
+        sae, store, eval_config=get_eval_everything_config(n_eval_reconstruction_batches=2)
+    )
+    assert metrics["reconstruction_quality"]["explained_variance"] == pytest.approx(1, abs=1e-4)
+    ce = metrics["model_performance_preservation"]
+    assert ce["ce_loss_with_sae"] == pytest.approx(ce["ce_loss_without_sae"], abs=1e-4)

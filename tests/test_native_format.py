@@ -246,3 +246,28 @@ def test_a_killed_save_leaves_one_whole_sae(kills, tmp_path):
         sae = SAE.load_from_disk(tmp_path)
         values = torch.cat([p.detach().flatten() for p in sae.parameters()]).unique()
         assert values.numel() == 1, "weights of two saves in one file"
+
+
+@pytest.mark.parametrize(
+    "version, extra, said",
+    [
+        ("7.0.0", {}, "got sae_lens_version '7.0.0'"),
+        ("6.99.0", {"curvature": 3}, "got 'curvature' in one of sae_lens_version '6.99.0'"),
+        ("6.99.0", {}, None),
+        ("6.1.0", {"curvature": 3}, None),
+    ],
+)
+def test_a_configuration_of_the_future_is_refused(version, extra, said, tmp_path):
+    sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
+    sae.save_model(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    config["metadata"]["sae_lens_version"] = version
+    (tmp_path / "cfg.json").write_text(json.dumps(config | extra))
+    if said is None:
+        assert SAE.load_from_disk(tmp_path).cfg.k == 2
+        return
+    with pytest.raises(
+        ValueError, match=r"cfg.json must be of SAELens 6\.54\.12 or before"
+    ) as error:
+        SAE.load_from_disk(tmp_path)
+    assert said in str(error.value) and str(tmp_path) in str(error.value)

@@ -288,14 +288,13 @@ def test_wandb_that_is_absent_names_the_way_out(tmp_path, lm, monkeypatch):
         ({"model_kwargs": {"a": 1}}, "model_kwargs must be empty"),
         ({"b_dec_init": "median"}, "b_dec_init must be one of"),
         ({"hook_name": "blocks.9.hook_resid_post"}, "9"),
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "override_model="),
         ({"model_name": "/nowhere/at/all"}, "nowhere"),
         ({"resume_from_checkpoint": "/nowhere"}, "nowhere"),
     ],
 )
 @pytest.mark.usefixtures("no_type_checker")
 def test_a_wrong_value_is_named(changes, message, tmp_path, lm):
-    by_name = {"model_name", "model_from_pretrained_kwargs"} & set(changes)
+    by_name = {"model_name"} & set(changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         runner(config(tmp_path, **changes), None if by_name else lm).run()
 
