@@ -17,8 +17,13 @@ import torch
 from bench.cases import Start, batch, find_case
 from bench.ops import OPS, Inputs
 from bench.providers import PROVIDERS, find_provider
+from fastsae_kernels._dispatch import interpreted
 
 pytest.importorskip("pytest_benchmark")
+if interpreted():
+    pytest.skip(
+        "TRITON_INTERPRET is set: interpreted kernels are not timed", allow_module_level=True
+    )
 PROVIDERS_TIMED = [name for name in PROVIDERS if name != "reference"]
 
 
