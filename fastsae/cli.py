@@ -1,4 +1,4 @@
-"""`fastsae train | eval | plot | convert | bench | demo`."""
+"""`fastsae train | harvest | eval | plot | convert | bench | demo`."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fastsae.analysis.plots import density_of_run, plot_run
 from fastsae.analysis.top_tokens import interesting_latents, top_tokens
 from fastsae.data import harvest, load_language_model, load_text, resolve_hook, tokenize
+from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.text import split_documents
 from fastsae.device import resolve_device
 from fastsae.evaluation.diagnosis import Verdict, verdict_table
@@ -19,6 +20,7 @@ from fastsae.evaluation.evaluate import comparison_table, evaluate_several, repo
 from fastsae.extras import require
 from fastsae.files import write_json
 from fastsae.interop.convert import Convert, convert
+from fastsae.progress import ProgressBar
 from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
 from fastsae.training.interruption import EXIT_CODE, Interrupted
@@ -88,7 +90,7 @@ class Demo:
 
 def train(run: LanguageModelRun) -> None:
     """Train an SAE on the activations of a language model, evaluate, save and picture it."""
-    with _Bar() as bar:
+    with ProgressBar() as bar:
         trained = train_side_by_side(run, bar, print)
     for name, one in trained.items():
         if name:
@@ -121,7 +123,7 @@ def evaluate_saved(args: Eval) -> None:
     held_out = text if args.all_documents else split_documents(text, seed=seed)[1]
     length = metadata.get("context_size") or 128
     tokens = tokenize(held_out, lm.tokenizer, context_size=length, n_tokens=args.tokens)
-    with _Bar() as bar:
+    with ProgressBar() as bar:
         activations = harvest(
             lm,
             hook,
@@ -162,6 +164,18 @@ def _shared_metadata(saes: dict[str, SAE]) -> dict[str, Any]:
                     f"in {first} and {got!r} in {name}"
                 )
     return dict(sae.cfg.metadata)
+
+
+def harvest_rows(run: HarvestRun) -> None:
+    """Write activations to a folder, to train from without the model; goes on after a kill."""
+    with ProgressBar() as bar:
+        index = harvest_to_disk(run, lambda stage, done, total: bar(stage, done, total, {}))
+    n_bytes = sum(shard.n_bytes for shard in index.shards)
+    widths = ", ".join(f"{hook} [{index.rows}, {d}]" for hook, d in index.widths.items())
+    print(f"{index.dtype} rows of {index.contexts * run.context_size} tokens: {widths}")
+    print(
+        f"{len(index.shards)} shards, {n_bytes / 1e9:.3g} GB; fastsae train --activations {run.out}"
+    )
 
 
 def plot(args: Plot) -> None:
@@ -211,31 +225,6 @@ def demo(args: Demo) -> None:
     print(f"SmolLM2-135M, residual stream after layer {args.layer}, Wikipedia articles -> {out}")
     train(run)
     print(f"the whole demonstration took {time.perf_counter() - started:.0f} s")
-
-
-class _Bar:
-    """A progress line a stage: what is done, the rate, the time left and the figures."""
-
-    SHOWN = ("loss", "fvu", "l0", "dead")
-
-    def __init__(self) -> None:
-        self._stage, self._bar = "", None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, stage: str, done: int, total: int, figures: dict[str, Any]) -> None:
-        if stage != self._stage or self._bar is None:
-            self.__exit__()
-            tqdm = require("tqdm.auto", "train").tqdm
-            self._stage = stage
-            self._bar = tqdm(total=total, desc=stage, unit="tok", unit_scale=True)
-        self._bar.update(done - self._bar.n)
-        self._bar.set_postfix({k: f"{figures[k]:.4g}" for k in self.SHOWN if k in figures})
 
 
 def _finish(out: Path, trained: Trained) -> None:
@@ -325,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "train": _train_options(_variant_in(arguments)),
+                "harvest": harvest_rows,
                 "eval": evaluate_saved,
                 "plot": _positional(Plot, plot),
                 "convert": _positional(Convert, convert_saved),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsae.data import Text, load_language_model, load_text, split_documents, tokenize
-from fastsae.data.text import separator_id
+from fastsae.data.tokens import separator_id
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 from fastsae.data.activations import Activations, RowFilter, harvest
 from fastsae.data.hooks import HookPoint, capture, d_at, resid_hook_name, resolve_hook, splice
 from fastsae.data.language_model import LanguageModel, load_language_model
-from fastsae.data.text import Text, load_text, split_documents, tokenize
+from fastsae.data.text import Text, load_text, split_documents
+from fastsae.data.tokens import tokenize
 
 __all__ = [
     "Activations",

@@ -21,7 +21,7 @@ from fastsae.data.language_model import LanguageModel
 
 _log = logging.getLogger(__name__)
 
-_CALIBRATION_ROWS = 8192
+CALIBRATION_ROWS = 8192
 """Rows that decide the median norm; more change it by less than a percent."""
 
 
@@ -100,7 +100,7 @@ def harvest(
     _check(lm, tokens, batch_contexts, skip_first, massive_multiple)
     n, length = tokens.shape
     step = batch_contexts or default_batch_contexts(lm.device, length)
-    calibration = min(n, math.ceil(_CALIBRATION_ROWS / (length - skip_first)))
+    calibration = min(n, math.ceil(CALIBRATION_ROWS / (length - skip_first)))
     gathered = _Gathered(lm, hook, tokens, skip_first, dtype, device)
 
     held: list[tuple[int, Tensor]] = []
@@ -218,6 +218,19 @@ def _check(
         raise ValueError(f"tokens must have the shape [n, L], got {list(tokens.shape)}")
     if tokens.is_floating_point():
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    check_tokens(lm, tokens)
+    if batch_contexts is not None and batch_contexts < 1:
+        raise ValueError(f"batch_contexts must be at least 1, got {batch_contexts}")
+    if not 0 <= skip_first < tokens.shape[1]:
+        raise ValueError(
+            f"skip_first must be from 0 to L - 1 = {tokens.shape[1] - 1}, got {skip_first}"
+        )
+    if not massive_multiple > 1:
+        raise ValueError(f"massive_multiple must be more than 1, got {massive_multiple}")
+
+
+def check_tokens(lm: LanguageModel, tokens: Int[Tensor, "n L"]) -> None:
+    """Raise ValueError for contexts longer than the model's, and for tokens it does not know."""
     if tokens.shape[1] > lm.context_size:
         raise ValueError(
             f"tokens must have at most {lm.context_size} positions for {lm.name}, "
@@ -229,11 +242,3 @@ def _check(
             f"tokens must be from 0 to {lm.vocabulary_size - 1}, the vocabulary of {lm.name}, "
             f"got {low} to {high}; tokenize with the model's own tokenizer"
         )
-    if batch_contexts is not None and batch_contexts < 1:
-        raise ValueError(f"batch_contexts must be at least 1, got {batch_contexts}")
-    if not 0 <= skip_first < tokens.shape[1]:
-        raise ValueError(
-            f"skip_first must be from 0 to L - 1 = {tokens.shape[1] - 1}, got {skip_first}"
-        )
-    if not massive_multiple > 1:
-        raise ValueError(f"massive_multiple must be more than 1, got {massive_multiple}")

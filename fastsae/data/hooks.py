@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,22 +119,38 @@ def capture(
         ValueError: what is there is not one vector per token.
         RuntimeError: the forward pass never reaches the module.
     """
-    captured: list[Tensor] = []
+    return capture_all(lm, [hook], tokens)[0]
 
-    def keep(value: Tensor) -> Tensor:
-        captured.append(value)
-        raise _Stop
 
-    with torch.no_grad(), _attached(lm, hook, keep), suppress(_Stop):
-        lm.model(input_ids=tokens.to(lm.device), use_cache=False)
-    if not captured:
-        raise RuntimeError(f"hook {hook.name}: {hook.module_path} is never run by {lm.name}")
-    if captured[0].shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"hook must be an activation of shape [n, L, D], one vector per token, "
-            f"got {list(captured[0].shape)} at {hook.name} for {list(tokens.shape)} tokens"
-        )
-    return captured[0]
+def capture_all(
+    lm: LanguageModel, hooks: Sequence[HookPoint], tokens: Int[Tensor, "n L"]
+) -> list[Float[Tensor, "n L _"]]:
+    """The activations at several hooks of one pass, which ends at the last one that is reached.
+
+    Raises:
+        ValueError, RuntimeError: as `capture`, naming the hook.
+    """
+    captured: dict[int, Tensor] = {}
+
+    def keep(place: int, value: Tensor) -> Tensor:
+        captured[place] = value
+        if len(captured) == len(hooks):
+            raise _Stop
+        return value
+
+    with torch.no_grad(), ExitStack() as attached, suppress(_Stop):
+        for place, hook in enumerate(hooks):
+            attached.enter_context(_attached(lm, hook, partial(keep, place)))
+        lm.model(input_ids=tokens.to(lm.device, non_blocking=True), use_cache=False)
+    for place, hook in enumerate(hooks):
+        if place not in captured:
+            raise RuntimeError(f"hook {hook.name}: {hook.module_path} is never run by {lm.name}")
+        if captured[place].shape[:-1] != tokens.shape:
+            raise ValueError(
+                f"hook must be an activation of shape [n, L, D], one vector per token, got "
+                f"{list(captured[place].shape)} at {hook.name} for {list(tokens.shape)} tokens"
+            )
+    return [captured[place] for place in range(len(hooks))]
 
 
 @contextmanager

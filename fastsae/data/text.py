@@ -1,4 +1,4 @@
-"""Text to run a language model on: packaged, local or from a hub; and its tokens."""
+"""Text to run a language model on: packaged, local or from a hub; or tokens of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import bz2
 import importlib.util
 import json
 import logging
-import math
 import random
 import re
 import sysconfig
@@ -18,40 +17,43 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from fastsae.data.language_model import cache_folder, publish
 from fastsae.data.smollm2 import packaged_files
 from fastsae.extras import require
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-else:
-    PreTrainedTokenizerBase = Any
-
 _log = logging.getLogger(__name__)
 
-_LOADERS = {".txt": "txt", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+Document = str | list[int]
+"""Its text; or its tokens, of a dataset that holds those."""
+
+_LOADERS = {
+    ".txt": "txt",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
 
 HELD_BYTES = 64 << 20
 """Local files of more than so many bytes together are streamed, as everything from a hub is."""
 
-_BLOCK_DOCUMENTS = 64
-"""Documents handed to the tokenizer at once: enough to keep its threads busy."""
+_BESIDE_ARROW = ("dataset_dict.json", "dataset_info.json", "state.json")
+
+_TOKEN_COLUMNS = ("input_ids", "tokens")
+"""What a column of tokens is called, where there is no text."""
 
 
 @dataclass(frozen=True)
-class _Stream(Iterable[str]):
+class _Stream(Iterable[Document]):
     """Documents in the order of their source, opened again by every `iter`."""
 
-    read: Callable[[], Iterable[str]]
+    read: Callable[[], Iterable[Document]]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         return iter(self.read())
 
 
@@ -60,7 +62,7 @@ class Text:
     """Documents and where they come from."""
 
     name: str
-    documents: Iterable[str]
+    documents: Iterable[Document]
     """A sequence in memory, or a stream that is read anew each time it is gone over."""
     attribution: str
     """Authors and licence, to be kept with whatever quotes the documents."""
@@ -81,10 +83,11 @@ def load_text(
     Args:
         dataset: None for 106 Wikipedia articles out of the installed gensim, or the docstrings
             of installed packages where gensim is absent; a .txt (one document), .json, .jsonl,
-            .parquet or .csv file or a folder of such files; else `name` or `name:config` on
-            the hub.
+            .parquet, .csv or .arrow file, a folder of such files or one that `save_to_disk` of
+            datasets made; else `name` or `name:config` on the hub.
         split: of a hub dataset.
-        text_column: column with the documents; None means `text`, or the only column of strings.
+        text_column: column with the documents, or with their tokens; None means `text`, or the
+            only column of strings, or tokens in a column called `input_ids` or `tokens`.
         limit: at most so many documents, the first ones.
 
     Raises:
@@ -98,7 +101,7 @@ def load_text(
         text = _wikipedia() or _docstrings(limit)
     else:
         text = _from_dataset(str(dataset), split, text_column, limit)
-    written = _Stream(lambda: islice((d for d in text.documents if d and not d.isspace()), limit))
+    written = _Stream(lambda: islice(filter(_written, text.documents), limit))
     documents = list(written) if isinstance(text.documents, Sequence) else written
     if next(iter(documents), None) is None:
         raise ValueError(f"dataset must hold a document that is not empty, got none in {text.name}")
@@ -136,90 +139,21 @@ def split_documents(text: Text, held_out: float = 0.1, seed: int = 0) -> tuple[T
     return replace(text, documents=train), replace(text, documents=held)
 
 
-def tokenize(
-    text: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_size: int = 128,
-    prepend_bos: bool | None = None,
-    n_tokens: int | None = None,
-) -> Int[Tensor, "n L"]:
-    """Tokens of the documents in one stream, cut into full contexts of L = `context_size`.
-
-    Each document is followed by one separator: `<|endoftext|>` if the vocabulary has it, else
-    the tokenizer's eos, else its bos, else nothing. The tokenizer's own special tokens are not
-    added. The last, incomplete context is dropped.
-
-    Args:
-        prepend_bos: put the tokenizer's bos in front of every context, which then holds
-            `context_size - 1` tokens of text; None means if there is a bos. It costs no row, since
-            the first position is not trained on, and the rest is predicted a little better:
-            SmolLM2's loss on the articles is 3.32 nats with and 3.34 without.
-        n_tokens: stop at the first contexts that hold so many tokens, reading no more documents
-            than they need; None: all of the text.
-
-    Raises:
-        ValueError: the text does not fill one context, or the tokenizer has no bos.
-    """
-    if n_tokens is not None and n_tokens < 1:
-        raise ValueError(f"n_tokens must be at least 1 or None, got {n_tokens}")
-    bos = tokenizer.bos_token_id
-    if prepend_bos and bos is None:
-        raise ValueError("prepend_bos must be False for a tokenizer without a bos token, got True")
-    if prepend_bos is None:
-        prepend_bos = bos is not None
-    if context_size < 1 + prepend_bos:
-        raise ValueError(f"context_size must be at least {1 + prepend_bos}, got {context_size}")
-    width = context_size - prepend_bos
-    most = math.inf if n_tokens is None else math.ceil(n_tokens / context_size)
-    parts, found = list[Tensor](), 0
-    for ids in _token_ids(text.documents, tokenizer):
-        parts.append(torch.tensor(ids, dtype=torch.long))
-        found += len(ids)
-        if found >= most * width:
-            break
-    n = int(min(found // width, most))
-    if n == 0:
-        raise ValueError(
-            f"text must fill one context of {width} tokens, got {found} in {text.name}; "
-            "use more text or a smaller context_size"
-        )
-    contexts = torch.cat(parts)[: n * width].view(n, width)
-    if prepend_bos:
-        contexts = torch.cat([contexts.new_tensor([[bos]]).expand(n, 1), contexts], dim=1)
-    return contexts
+def _written(document: Document) -> bool:
+    return bool(document.strip() if isinstance(document, str) else document)
 
 
-def _token_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Tokens of each document and the separator after it."""
-    separator = separator_id(tokenizer)
-    end = [] if separator is None else [separator]
-    documents = iter(documents)
-    while block := list(islice(documents, _BLOCK_DOCUMENTS)):
-        encoded: Any = tokenizer(
-            block, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        yield from (ids + end for ids in encoded["input_ids"])
-
-
-def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Token that `tokenize` puts after each document."""
-    vocabulary = tokenizer.get_vocab()
-    for token in ("<|endoftext|>", tokenizer.eos_token, tokenizer.bos_token):
-        if token in vocabulary:
-            return vocabulary[token]
-    return None
-
-
-def _part(documents: Iterable[str], held_out: float, seed: int, side: bool) -> _Stream:
+def _part(documents: Iterable[Document], held_out: float, seed: int, side: bool) -> _Stream:
     """The documents of a stream that are held out, or the others."""
     drawn = lambda place: random.Random(f"{seed}:{place}").random() < held_out
     return _Stream(lambda: (d for place, d in enumerate(documents) if drawn(place) == side))
 
 
-def _cut(document: str, fraction: float) -> list[str]:
+def _cut(document: Document, fraction: float) -> list[Document]:
     """The document in two, at the line break nearest `fraction` of its length, or right there."""
     at = min(max(round(fraction * len(document)), 1), len(document) - 1)
+    if not isinstance(document, str):
+        return [document[:at], document[at:]]
     breaks = [match.end() for match in re.finditer(r"\n", document.rstrip())]
     at = min(breaks, key=lambda position: abs(position - at), default=at)
     return [document[:at], document[at:]]
@@ -253,7 +187,7 @@ def _rows(source: dict[str, Any], split: str, column: str | None, dataset: str) 
     name = _text_column(sample, column, dataset)
     documents = table.select_columns([name])
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[Document]:
         with _reading(dataset):
             for row in documents:
                 yield row[name] or ""
@@ -286,6 +220,8 @@ def _files_in(path: Path) -> list[Path]:
     """The data files at `path`, sorted, all of one kind."""
     found = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in found if file.suffix in _LOADERS and file.is_file()]
+    if any(file.suffix == ".arrow" for file in files):  # `save_to_disk` describes them in JSON
+        files = [file for file in files if file.name not in _BESIDE_ARROW]
     kinds = {_LOADERS[file.suffix] for file in files}
     if len(kinds) != 1:
         raise ValueError(
@@ -296,20 +232,26 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _text_column(rows: list[dict[str, Any]], column: str | None, dataset: str) -> str:
-    """The column asked for, or `text`, or the only column of strings."""
+    """The column asked for, or `text`, or the only column of strings, or tokens."""
     if not rows:
         raise ValueError(f"dataset must hold a document that is not empty, got none in {dataset}")
     names = list(rows[0])
     strings = [name for name in names if all(isinstance(row[name], str | None) for row in rows)]
+    tokens = [name for name in names if all(_is_tokens(row[name]) for row in rows)]
     if column is None:
-        only = strings[0] if len(strings) == 1 else None
-        column = "text" if "text" in strings else only
-    if column is None or column not in strings:
+        named = [name for name in _TOKEN_COLUMNS if name in tokens]
+        only = strings if len(strings) == 1 else named
+        column = "text" if "text" in strings else next(iter(only), None)
+    if column is None or column not in (*strings, *tokens):
         raise ValueError(
             f"text_column must be a column of strings in {dataset}, got {column!r}; its columns of "
             f"strings are {', '.join(strings) or 'none'}, all its columns {', '.join(names)}"
         )
     return column
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) for token in value)
 
 
 _HIDDEN_TAGS = {"ref", "table", "gallery", "math", "timeline"}
