@@ -89,7 +89,8 @@ class Demo:
 
 
 def train(run: LanguageModelRun) -> None:
-    """Train an SAE on the activations of a language model, evaluate, save and picture it."""
+    """Train an SAE on a language model's activations, from the model itself or from the folder of
+    a harvest; evaluate, save and picture it."""
     with ProgressBar() as bar:
         trained = train_side_by_side(run, bar, print)
     for name, one in trained.items():
@@ -229,8 +230,10 @@ def demo(args: Demo) -> None:
 
 def _finish(out: Path, trained: Trained) -> None:
     """Print the table, draw the picture, say where things are."""
-    latents = interesting_latents(trained.density, EXAMPLE_LATENTS)
-    examples = top_tokens(trained.sae, trained.lm, trained.held_out, latents, n_examples=4)
+    examples = None
+    if trained.lm is not None and trained.held_out is not None:
+        latents = interesting_latents(trained.density, EXAMPLE_LATENTS)
+        examples = top_tokens(trained.sae, trained.lm, trained.held_out, latents, n_examples=4)
     log = read_log(out / "metrics.jsonl")
     plot_run(out / "run.png", log, trained.density.cpu(), examples)
     print(report_table(trained.report))

@@ -49,4 +49,5 @@ def main(model: str, text: str, out: str, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    model, text, out, kills, seed = sys.argv[1:]
+    main(model, text, out, int(kills), int(seed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -154,6 +154,9 @@ def _token_ids(
             yield from block  # type: ignore[misc]
             continue
         encoded: Any = tokenizer(
-            block, add_special_tokens=False, return_attention_mask=False, verbose=False
+            cast(list[str], block),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
         )
         yield from (ids + end for ids in encoded["input_ids"])

@@ -40,9 +40,10 @@ def diagnose(trained: SAEConfig, report: dict[str, Any]) -> list[Verdict]:
 
     Args:
         trained: configuration of the SAE in training, whose fields are named.
-        report: what `evaluate` found, with the last line of the log under `training`.
+        report: what `evaluate` found, with the last line of the log under `training`; without
+            cross-entropy nothing is said of it.
     """
-    rows, ce = report["rows"], report["cross_entropy"]["trained_rows"]
+    rows, ce = report["rows"], report["cross_entropy"]
     field = next((name for name in MORE_ACTIVE if hasattr(trained, name)), "sparsity")
     denser = MORE_ACTIVE.get(field, "lower")
     sparser = OPPOSITE[denser]
@@ -52,13 +53,16 @@ def diagnose(trained: SAEConfig, report: dict[str, Any]) -> list[Verdict]:
     towards = f"{denser if l0 < low else sparser} {field}" if k is None else "train on more tokens"
     better = f"train on more tokens, {denser} {field}, or raise d_sae"
     revived = "aux_loss_coefficient or " if hasattr(trained, "aux_loss_coefficient") else ""
-    score, explained = ce["ce_loss_score"], rows["ev_saelens"]
+    explained = rows["ev_saelens"]
     l0_target = f"{low:g} to {high:g}" if k is None else f"{k} within {L0_SLACK:.0%}"
+    score = []
+    if ce is not None:
+        value = ce["trained_rows"]["ce_loss_score"]
+        target = f"at least {CE_LOSS_SCORE}"
+        score = [Verdict("CE loss score", value, target, value >= CE_LOSS_SCORE, better)]
     return [
         Verdict("L0", l0, l0_target, low <= l0 <= high, towards),
-        Verdict(
-            "CE loss score", score, f"at least {CE_LOSS_SCORE}", score >= CE_LOSS_SCORE, better
-        ),
+        *score,
         Verdict(
             "explained variance",
             explained,

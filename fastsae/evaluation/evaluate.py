@@ -1,11 +1,13 @@
 """SAEs on held-out text: reconstruction, sparsity, and what they cost the language model."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.data import Activations, HookPoint, LanguageModel
@@ -65,7 +67,7 @@ def evaluate_several(
     tell = progress or (lambda *_: None)
     metrics = {}
     for i, (name, sae) in enumerate(saes.items()):
-        metrics[name] = _row_metrics(sae, held_out, centred=name in centred)
+        metrics[name] = _row_metrics(sae, held_out.rows, held_out.excluded, centred=name in centred)
         tell((i + 1) * len(held_out.rows), total)
     spliced = partial(
         losses_recovered,
@@ -97,18 +99,41 @@ def evaluate_several(
     }
 
 
+@torch.no_grad()
+def evaluate_on_rows(
+    saes: Mapping[str, SAE],
+    rows: Float[Tensor, "N D"],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The part of `evaluate_several` that needs no language model.
+
+    Returns:
+        By name: `rows` and their `definitions`; `all_rows`, `cross_entropy` and `left_out` are
+        None.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for i, (name, sae) in enumerate(saes.items()):
+        metrics = _row_metrics(sae, rows, rows[:0], centred=False)["rows"]
+        unknown = dict.fromkeys(("all_rows", "cross_entropy", "left_out"))
+        found[name] = {"rows": metrics.result(), **unknown, "definitions": DEFINITIONS}
+        if progress is not None:
+            progress((i + 1) * len(rows), len(saes) * len(rows))
+    return found
+
+
 def _row_metrics(
-    sae: SAE, held_out: Activations, *, centred: bool
+    sae: SAE, rows: Tensor, excluded: Tensor, *, centred: bool
 ) -> dict[str, ReconstructionMetrics]:
     """Of the rows that are trained on, and of all."""
     metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
-    kept = held_out.rows.split(CHUNK_ROWS)
+    kept = rows.split(CHUNK_ROWS)
     # Spread over the batches: a batch of first positions alone has no variance to explain.
-    excluded = held_out.excluded.tensor_split(len(kept))
-    for rows, others in zip(kept, excluded, strict=True):
-        x = torch.cat([rows, others.to(rows.dtype)]).to(sae.device, torch.float32)
+    left_out = excluded.tensor_split(len(kept))
+    for part_kept, others in zip(kept, left_out, strict=True):
+        x = torch.cat([part_kept, others.to(part_kept.dtype)]).to(sae.device, torch.float32)
         x = x - mean_of(x) if centred else x
-        for name, part in (("rows", x[: len(rows)]), ("all", x)):
+        for name, part in (("rows", x[: len(part_kept)]), ("all", x)):
             code = sae.encode_sparse(part)
             x_hat = sae.decode(code).reshape(part.shape)
             metrics[name].update(part, x_hat, code.indices, code.acts)
@@ -137,9 +162,8 @@ def _loss(loss: SpliceLoss) -> dict[str, float | None]:
 def report_table(report: dict[str, Any]) -> str:
     """The report as lines of text: figures on trained rows, and on everything beside them."""
     rows, everything = report["rows"], report["all_rows"]
-    ce = report["cross_entropy"]
-    trained, every = ce["trained_rows"], ce["every_position"]
-    lines = [f"{'':28}{'trained rows':>14}{'all rows':>14}"]
+    columns = ("trained rows",) if everything is None else ("trained rows", "all rows")
+    lines = [f"{'':28}" + "".join(f"{column:>14}" for column in columns)]
     names = {
         "l0": "L0",
         "fvu": "FVU",
@@ -155,7 +179,13 @@ def report_table(report: dict[str, Any]) -> str:
         "l2_ratio": "norm of x_hat over x's",
         "dead_fraction": "not fired on held-out rows",
     }
-    lines += [f"{n:28}{rows[key]:14.4f}{everything[key]:14.4f}" for key, n in names.items()]
+    for key, name in names.items():
+        figures = (rows,) if everything is None else (rows, everything)
+        lines.append(f"{name:28}" + "".join(f"{figure[key]:14.4f}" for figure in figures))
+    ce = report["cross_entropy"]
+    if ce is None:
+        return "\n".join([*lines, "cross-entropy: fastsae eval, which runs the language model"])
+    trained, every = ce["trained_rows"], ce["every_position"]
     lines.append(f"{'':28}{'trained rows':>14}{'all positions':>14}")
     names = {
         "ce_clean": "CE clean (nats)",
@@ -187,8 +217,8 @@ def comparison_table(reports: Mapping[str, dict[str, Any]]) -> str:
     names = ("L0", "FVU", "cosine", "not fired", "CE score", "KL score")
     lines = [f"{'':{width}}" + "".join(f"{name:>11}" for name in names)]
     for name, report in reports.items():
-        rows, ce = report["rows"], report["cross_entropy"]["trained_rows"]
+        rows, ce = report["rows"], (report["cross_entropy"] or {}).get("trained_rows") or {}
         figures = [rows[key] for key in ("l0", "fvu", "cosine_similarity", "dead_fraction")]
-        figures += [ce["ce_loss_score"], ce["kl_score"]]
+        figures += [ce.get(key, math.nan) for key in ("ce_loss_score", "kl_score")]
         lines.append(f"{name:{width}}" + "".join(f"{figure:11.4f}" for figure in figures))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The main job: text -> a language model's activations -> SAEs, evaluated and saved."""
+"""The main job: a language model's activations -> SAEs, evaluated and saved."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,23 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastsae.data import (
-    Activations,
-    HookPoint,
-    LanguageModel,
-    d_at,
-    harvest,
-    load_language_model,
-    load_text,
-    resid_hook_name,
-    resolve_hook,
-    split_documents,
-    tokenize,
-)
-from fastsae.data.batches import ShuffledRows
+from fastsae.data import Activations, LanguageModel
 from fastsae.device import resolve_device
 from fastsae.evaluation.diagnosis import diagnose
-from fastsae.evaluation.evaluate import evaluate_several
 from fastsae.files import replacing, write_json
 from fastsae.interop.formats import load_sae
 from fastsae.saes import SAE, SAES
@@ -35,6 +21,7 @@ from fastsae.training.centre import Centre
 from fastsae.training.config import OptimizerConfig, Tracking, TrainConfig
 from fastsae.training.group import TrainerGroup
 from fastsae.training.memory import MemoryPlan, explained
+from fastsae.training.row_sources import FROM_SHARDS, ModelSource, ShardSource, row_source
 from fastsae.training.run_folder import as_json, open_folder
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 from fastsae.training.trackers import check_installed
@@ -69,6 +56,9 @@ class LanguageModelRun:
     harvest_tokens: int | None = None
     """Tokens whose activations are held in memory and gone over; None: as many as are trained on,
     or all of the text."""
+    activations: Path | None = None
+    """Folder that `fastsae harvest` wrote, to train on its rows without a language model; the text
+    is then the harvest's, and `hook` or `layer` one of its places."""
     variant: str = "topk"
     """Kind of SAE; `--variant NAME --help` lists its own options."""
     sae: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +109,13 @@ class LanguageModelRun:
                 f"variant must reconstruct its input, got {self.variant!r}: a transcoder trains "
                 "with Trainer, on pairs of rows and targets"
             )
+        if self.activations is not None:
+            for f in fields(LanguageModelRun):
+                if f.name in FROM_SHARDS and getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name} must be left to the harvest where activations are given, got "
+                        f"{getattr(self, f.name)!r}"
+                    )
         known = [f.name for f in fields(SAES[self.variant].config_class)]
         for name in self.sae:
             if name not in known or name in SET_BY_THE_RUN:
@@ -136,8 +133,10 @@ class Trained:
 
     sae: SAE
     report: dict[str, Any]
-    lm: LanguageModel
-    held_out: Activations
+    lm: LanguageModel | None
+    """None after training from shards."""
+    held_out: Activations | None
+    """Likewise."""
     density: torch.Tensor
     """[F] firing frequency over the training run."""
     timings: dict[str, float]
@@ -176,26 +175,24 @@ def train_side_by_side(
     check_installed(run.log_to)
     open_folder(run)
     device = resolve_device(run.device)
-    lm = load_language_model(run.model, device=device)
+    source = row_source(run, device)
     runs = runs_of(run)
-    hooks = {name: _hook(one, lm) for name, one in runs.items()}
+    hooks = {name: source.place(one) for name, one in runs.items()}
+    places = set(hooks.values())
     starts = {
         name: load_sae(one.finetune_from, device)
         for name, one in runs.items()
         if one.finetune_from is not None
     }
     cfgs = {
-        name: _config(run, one, lm, hooks[name], starts.get(name)) for name, one in runs.items()
+        name: _config(run, one, source, hooks[name], starts.get(name)) for name, one in runs.items()
     }
-    plan = _memory_plan(run, lm, cfgs, hooks, device)
+    plan = MemoryPlan(cfgs, device, source.held_bytes(places), source.halved)
     if say is not None:
         say(plan.table() if plan.fits else f"{plan.table()}\n{plan.advice()}")
-    data: dict[HookPoint, tuple[Activations, Activations]] = {}
     with explained(plan):
         started = time.perf_counter()
-        for hook in hooks.values():
-            if hook not in data:
-                data[hook] = _harvest(run, lm, hook, tell)
+        source.read(places, tell)
         timings["harvest"] = time.perf_counter() - started
 
         started = time.perf_counter()
@@ -205,8 +202,8 @@ def train_side_by_side(
             group.resume()
         total, first = run.tokens, next(iter(runs))
         saes = group.fit(
-            _batches(group, hooks, data, run.seed),
-            sample={name: _sample(data[hook][0].rows) for name, hook in hooks.items()},
+            _batches(group, hooks, source),
+            sample={name: source.sample(hook) for name, hook in hooks.items()},
             progress=lambda n, line: (
                 tell("train", line["tokens"], total, line) if n == first else None
             ),
@@ -215,11 +212,9 @@ def train_side_by_side(
 
     started = time.perf_counter()
     reports: dict[str, dict[str, Any]] = {}
-    for hook, (_, held_out) in data.items():
+    for hook in places:
         here = {name: sae for name, sae in saes.items() if hooks[name] == hook}
-        reports |= evaluate_several(
-            here, lm, hook, held_out, progress=lambda a, b: tell("evaluate", a, b, {})
-        )
+        reports |= source.evaluate(hook, here, lambda a, b: tell("evaluate", a, b, {}))
     timings["evaluate"] = time.perf_counter() - started
     return {
         name: _finish(
@@ -227,8 +222,8 @@ def train_side_by_side(
             group.trainers[name],
             saes[name],
             reports[name],
-            lm,
-            data[hooks[name]][1],
+            source.lm,
+            source.held_out(hooks[name]),
             timings,
         )
         for name in runs
@@ -240,8 +235,8 @@ def _finish(
     trainer: Trainer,
     sae: SAE,
     report: dict[str, Any],
-    lm: LanguageModel,
-    held_out: Activations,
+    lm: LanguageModel | None,
+    held_out: Activations | None,
     timings: dict[str, float],
 ) -> Trained:
     """Save an SAE and its evaluation."""
@@ -255,95 +250,33 @@ def _finish(
     return Trained(sae, report, lm, held_out, density, timings)
 
 
-def _hook(run: LanguageModelRun, lm: LanguageModel) -> HookPoint:
-    layer = lm.n_layers // 2 if run.layer is None else run.layer
-    return resolve_hook(lm, run.hook or resid_hook_name(layer))
-
-
-def _sample(rows: torch.Tensor) -> torch.Tensor:
-    return rows[:: max(1, len(rows) // 65_536)]
-
-
 def _batches(
-    group: TrainerGroup,
-    hooks: dict[str, HookPoint],
-    data: dict[HookPoint, tuple[Activations, Activations]],
-    seed: int,
+    group: TrainerGroup, hooks: dict[str, str], source: ModelSource | ShardSource
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The batch of each SAE, drawn once a hook."""
     size = next(iter(group.trainers.values())).cfg.batch_size or 1
-    streams = {
-        hook: ShuffledRows(train.rows, size, seed).from_step(group.steps_done)
-        for hook, (train, _) in data.items()
-    }
+    streams = {hook: source.batches(hook, size, group.steps_done) for hook in set(hooks.values())}
     while True:
         drawn = {hook: next(stream) for hook, stream in streams.items()}
         yield {name: drawn[hook] for name, hook in hooks.items()}
 
 
-def _memory_plan(
-    run: LanguageModelRun,
-    lm: LanguageModel,
-    cfgs: dict[str, TrainConfig],
-    hooks: dict[str, HookPoint],
-    device: torch.device,
-) -> MemoryPlan:
-    widths = {hook: cfgs[name].sae.d_in for name, hook in hooks.items()}
-    rows = (run.harvest_tokens or run.tokens) + run.eval_tokens
-    held = {
-        "language model": sum(p.nbytes for p in lm.model.parameters()),
-        "activations": rows * sum(widths.values()) * lm.model.dtype.itemsize,
-    }
-    return MemoryPlan(cfgs, device, held, {"activations": "harvest_tokens halved"})
-
-
-def _harvest(
-    run: LanguageModelRun, lm: LanguageModel, hook: HookPoint, tell: Progress
-) -> tuple[Activations, Activations]:
-    text = load_text(run.dataset, split=run.split, text_column=run.text_column)
-    budgets = (run.harvest_tokens or run.tokens, run.eval_tokens)
-    tokens = [
-        tokenize(part, lm.tokenizer, context_size=run.context_size, n_tokens=budget)
-        for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
-    ]
-    train, held_out = (
-        harvest(
-            lm,
-            hook,
-            part,
-            massive_multiple=run.massive_multiple,
-            progress=lambda done, total, name=name: tell(name, done, total, {}),
-        )
-        for part, name in zip(tokens, ("harvest", "harvest held-out"), strict=True)
-    )
-    return train, held_out
-
-
 def _config(
     run: LanguageModelRun,
     one: LanguageModelRun,
-    lm: LanguageModel,
-    hook: HookPoint,
+    source: ModelSource | ShardSource,
+    hook: str,
     start: SAE | None,
 ) -> TrainConfig:
     """Of one of the run's SAEs: the text and the order of the rows are the run's."""
-    d_in = d_at(lm, hook)
+    d_in = source.width(hook)
     d_sae = one.sae.get("d_sae") or (start and start.cfg.d_sae)
     shape = {
         **defaults.sae_fields(one.variant),
         **one.sae,
         "d_in": d_in,
         "d_sae": defaults.d_sae(d_in) if d_sae is None else d_sae,
-        "metadata": {
-            "model_name": lm.name,
-            "hook_name": hook.name,
-            "context_size": run.context_size,
-            "dataset_path": run.dataset,
-            "dataset_split": run.split,
-            "text_column": run.text_column,
-            "held_out_seed": run.seed,
-            "massive_multiple": run.massive_multiple,
-        },
+        "metadata": source.metadata(hook),
     }
     cfg = TrainConfig(
         sae=SAES[one.variant].config_class(**shape),

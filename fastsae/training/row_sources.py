@@ -1,0 +1,214 @@
+"""Where a run's rows come from: a language model's pass, or a folder of `fastsae harvest`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastsae.data import (
+    Activations,
+    HookPoint,
+    d_at,
+    harvest,
+    load_language_model,
+    load_text,
+    resid_hook_name,
+    resolve_hook,
+    split_documents,
+    tokenize,
+)
+from fastsae.data.batches import ShuffledRows
+from fastsae.data.harvest_run import HELD_OUT
+from fastsae.data.sharded_rows import WINDOWS, ShardedRows
+from fastsae.data.shards import ActivationShards
+from fastsae.evaluation.evaluate import evaluate_on_rows, evaluate_several
+from fastsae.saes import SAE
+
+if TYPE_CHECKING:
+    from fastsae.training.language_model_run import LanguageModelRun, Progress
+
+SAMPLE_ROWS = 65_536
+"""Rows that a run is initialised from."""
+FROM_SHARDS = (
+    *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
+    "massive_multiple",
+)
+"""Fields of a run that a harvest has settled already."""
+
+
+class ModelSource:
+    """Rows of a model that is run over text now; they stay in memory."""
+
+    halved = {"activations": "harvest_tokens halved"}
+    """For an item of `held_bytes`, the setting that halves it."""
+
+    def __init__(self, run: LanguageModelRun, device: torch.device) -> None:
+        self.run = run
+        self.lm = load_language_model(run.model, device=device)
+        self._hooks: dict[str, HookPoint] = {}
+        self._found: dict[str, tuple[Activations, Activations]] = {}
+
+    def place(self, run: LanguageModelRun) -> str:
+        """Name of the hook that a run asks for."""
+        layer = self.lm.n_layers // 2 if run.layer is None else run.layer
+        hook = resolve_hook(self.lm, run.hook or resid_hook_name(layer))
+        self._hooks[hook.name] = hook
+        return hook.name
+
+    def width(self, hook: str) -> int:
+        """D of a hook's rows."""
+        return d_at(self.lm, self._hooks[hook])
+
+    def metadata(self, hook: str) -> dict[str, Any]:
+        """What an SAE of these rows says about its origin."""
+        run = self.run
+        return {
+            "model_name": self.lm.name,
+            "hook_name": hook,
+            "context_size": run.context_size,
+            "dataset_path": run.dataset,
+            "dataset_split": run.split,
+            "text_column": run.text_column,
+            "held_out_seed": run.seed,
+            "massive_multiple": run.massive_multiple,
+        }
+
+    def held_bytes(self, hooks: set[str]) -> dict[str, int]:
+        """Memory that stays for the whole run, by item."""
+        rows = (self.run.harvest_tokens or self.run.tokens) + self.run.eval_tokens
+        width = sum(self.width(hook) for hook in hooks)
+        return {
+            "language model": sum(p.nbytes for p in self.lm.model.parameters()),
+            "activations": rows * width * self.lm.model.dtype.itemsize,
+        }
+
+    def read(self, hooks: set[str], tell: Progress) -> None:
+        """Do what must be done before there are batches."""
+        for hook in sorted(hooks):
+            self._found[hook] = self._harvest(self._hooks[hook], tell)
+
+    def _harvest(self, hook: HookPoint, tell: Progress) -> tuple[Activations, Activations]:
+        run = self.run
+        text = load_text(run.dataset, split=run.split, text_column=run.text_column)
+        budgets = (run.harvest_tokens or run.tokens, run.eval_tokens)
+        tokens = [
+            tokenize(part, self.lm.tokenizer, context_size=run.context_size, n_tokens=budget)
+            for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
+        ]
+        train, held_out = (
+            harvest(
+                self.lm,
+                hook,
+                part,
+                massive_multiple=run.massive_multiple,
+                progress=lambda done, total, name=name: tell(name, done, total, {}),
+            )
+            for part, name in zip(tokens, ("harvest", "harvest held-out"), strict=True)
+        )
+        return train, held_out
+
+    def sample(self, hook: str) -> Tensor:
+        """Rows to initialise from."""
+        rows = self._found[hook][0].rows
+        return rows[:: max(1, len(rows) // SAMPLE_ROWS)]
+
+    def batches(self, hook: str, batch_size: int, step: int) -> Iterator[Tensor]:
+        """From that of a step, counted from 0, on."""
+        rows = self._found[hook][0].rows
+        return ShuffledRows(rows, batch_size, self.run.seed).from_step(step)
+
+    def evaluate(
+        self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
+    ) -> dict[str, dict[str, Any]]:
+        """A report of each SAE on rows that were held out."""
+        return evaluate_several(
+            saes, self.lm, self._hooks[hook], self._found[hook][1], progress=progress
+        )
+
+    def held_out(self, hook: str) -> Activations | None:
+        """Rows that were held out and their tokens, where there are tokens to show."""
+        return self._found[hook][1]
+
+
+class ShardSource:
+    """Rows that `fastsae harvest` wrote; no language model is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `ActivationShards`.
+    """
+
+    halved: dict[str, str] = {}
+    lm = None
+
+    def __init__(self, run: LanguageModelRun, folder: Path) -> None:
+        self.run, self.shards = run, ActivationShards(folder)
+        held_out = folder / HELD_OUT
+        if not held_out.is_dir():
+            raise ValueError(
+                f"activations must hold rows of held-out documents to evaluate on, got {folder} "
+                f"without {HELD_OUT}; harvest with eval_tokens"
+            )
+        self._held_out = ActivationShards(held_out)
+
+    def place(self, run: LanguageModelRun) -> str:
+        asked = run.hook or (None if run.layer is None else resid_hook_name(run.layer))
+        if asked is None and len(self.shards.hooks) > 1:
+            raise ValueError(
+                f"hook must be one of those harvested into {self.shards.folder}, "
+                f"{', '.join(self.shards.hooks)}, got None"
+            )
+        return self.shards.check_hook(asked or self.shards.hooks[0])
+
+    def width(self, hook: str) -> int:
+        return self.shards.index.widths[hook]
+
+    def metadata(self, hook: str) -> dict[str, Any]:
+        source = self.shards.index.source
+        digests = "".join(shard.sha256 for shard in self.shards.index.shards)
+        return {
+            "model_name": source["model"],
+            "hook_name": hook,
+            "context_size": source["context_size"],
+            "dataset_path": source["dataset"],
+            "dataset_split": source["split"],
+            "text_column": source["text_column"],
+            "held_out_seed": source["seed"],
+            "massive_multiple": source["massive_multiple"],
+            "activations_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        }
+
+    def held_bytes(self, hooks: set[str]) -> dict[str, int]:
+        windows = sum(ShardedRows(self.shards, hook, 1).window_bytes for hook in hooks)
+        return {"windows of activations": WINDOWS * windows}
+
+    def read(self, hooks: set[str], tell: Progress) -> None:
+        """Nothing: batches come as they are read."""
+
+    def sample(self, hook: str) -> Tensor:
+        return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)
+
+    def batches(self, hook: str, batch_size: int, step: int) -> Iterator[Tensor]:
+        return ShardedRows(self.shards, hook, batch_size, self.run.seed).from_step(step)
+
+    def evaluate(
+        self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
+    ) -> dict[str, dict[str, Any]]:
+        index = self._held_out.index
+        rows = torch.cat([self._held_out.rows(hook, i) for i in range(len(index.shards))])
+        report = {"model": index.source["model"], "hook": hook}
+        found = evaluate_on_rows(saes, rows[: self.run.eval_tokens], progress=progress)
+        return {name: {**report, **figures} for name, figures in found.items()}
+
+    def held_out(self, hook: str) -> Activations | None:
+        return None
+
+
+def row_source(run: LanguageModelRun, device: torch.device) -> ModelSource | ShardSource:
+    if run.activations is None:
+        return ModelSource(run, device)
+    return ShardSource(run, run.activations)

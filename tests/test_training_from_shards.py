@@ -1,0 +1,228 @@
+"""Rows read back from a harvest, and runs that train on them without a language model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastsae.training.row_sources as row_sources
+from fastsae.cli import main
+from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
+from fastsae.data.sharded_rows import ShardedRows
+from fastsae.data.shards import ActivationShards
+from fastsae.saes import SAE
+from fastsae.training.language_model_run import LanguageModelRun, train_side_by_side
+from tiny_models import save_tiny_llama
+
+HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("shards") / "model"))
+
+
+@pytest.fixture(scope="module")
+def harvest(tmp_path_factory, model):
+    """Some 19,000 rows in 3 shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    lines = [f"Story {i} is about {i} boats and {7 * i % 11} bridges. " * 4 for i in range(600)]
+    text = folder / "stories.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    run = HarvestRun(
+        out=folder / "rows",
+        model=model,
+        dataset=str(text),
+        hooks=HOOKS,
+        context_size=32,
+        tokens=20_000,
+        eval_tokens=1000,
+        dtype="bfloat16",
+        drop_special=False,  # as `fastsae eval` does not
+        shard_mib=1,
+        batch_contexts=16,
+        device="cpu",
+    )
+    harvest_to_disk(run)
+    return run
+
+
+@pytest.fixture
+def shards(harvest):
+    return ActivationShards(harvest.out)
+
+
+@pytest.fixture
+def run(harvest, tmp_path):
+    return LanguageModelRun(
+        out=tmp_path / "run",
+        activations=harvest.out,
+        hook=HOOKS[0],
+        tokens=64 * 60,
+        batch_size=64,
+        sae={"d_sae": 64, "k": 4},
+        device="cpu",
+    )
+
+
+def all_rows(shards, hook=HOOKS[0]):
+    return torch.cat([shards.rows(hook, i) for i in range(len(shards.index.shards))])
+
+
+def keys(rows):
+    return Counter(row.tobytes() for row in rows.view(torch.int16).numpy())
+
+
+@pytest.mark.parametrize("window_rows", [1, 9000, 10**9])
+def test_an_epoch_has_every_row_once_in_the_bits_of_the_files(shards, window_rows):
+    n_rows = len(all_rows(shards))
+    batches = ShardedRows(shards, HOOKS[0], 100, window_rows=window_rows).from_step(0)
+    taken = torch.cat(list(islice(batches, -(-n_rows // 100))))
+    assert taken.dtype == torch.bfloat16
+    assert keys(taken[:n_rows]) == keys(all_rows(shards))
+
+
+def test_rows_are_shuffled_across_the_shards_of_a_window(shards):
+    place = {row.tobytes(): i for i, row in enumerate(all_rows(shards).view(torch.int16).numpy())}
+    batch = next(ShardedRows(shards, HOOKS[0], 200).from_step(0))
+    places = torch.tensor([place[row.tobytes()] for row in batch.view(torch.int16).numpy()])
+    edges = torch.tensor([shard.rows for shard in shards.index.shards]).cumsum(0)
+    assert len(torch.bucketize(places, edges, right=True).unique()) == len(edges)
+    assert (places.diff() == 1).sum() < 5
+
+
+def test_the_order_is_a_function_of_the_seed(shards):
+    first = lambda **options: torch.stack(
+        list(islice(ShardedRows(shards, HOOKS[0], 300, **options).from_step(0), 80))
+    )
+    wanted = first(seed=1, ahead=0, window_rows=7000)
+    assert torch.equal(first(seed=1, ahead=2, window_rows=7000), wanted)
+    assert not torch.equal(first(seed=2, ahead=0, window_rows=7000), wanted)
+
+
+@pytest.mark.parametrize("step", [1, 59, 63, 64, 150])
+def test_batches_go_on_from_any_step(shards, step):
+    rows = ShardedRows(shards, HOOKS[1], 301, seed=3, window_rows=7000)
+    wanted = list(islice(rows.from_step(0), step + 3))[step:]
+    for batch, expected in zip(rows.from_step(step), wanted, strict=False):
+        assert torch.equal(batch, expected)
+
+
+def test_epochs_have_orders_of_their_own(shards):
+    n_rows = len(all_rows(shards))
+    first, second = islice(ShardedRows(shards, HOOKS[0], n_rows).from_step(0), 2)
+    assert keys(first) == keys(second)
+    assert not torch.equal(first, second)
+
+
+def test_bad_arguments_are_refused(shards):
+    n_rows = len(all_rows(shards))
+    with pytest.raises(ValueError, match=rf"batch_size must be in \[1, N\] with N = {n_rows} rows"):
+        ShardedRows(shards, HOOKS[0], n_rows + 1)
+    with pytest.raises(ValueError, match="window_rows must be at least 1, got 0"):
+        ShardedRows(shards, HOOKS[0], 1, window_rows=0)
+    with pytest.raises(ValueError, match="hook must be one of those harvested into .*, got 'no'"):
+        ShardedRows(shards, "no", 1)
+
+
+def test_training_loads_no_language_model(run, model, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("a language model was loaded")
+
+    monkeypatch.setattr(row_sources, "load_language_model", refuse)
+    arguments = ["--hook", HOOKS[0], "--d-sae", "64", "--k", "4", "--batch-size", "64"]
+    arguments += ["--tokens", "3840", "--device", "cpu", "--out", str(run.out)]
+    main(["train", "--activations", str(run.activations), *arguments])
+    said = capsys.readouterr().out
+    assert "FVU" in said and "cross-entropy: fastsae eval" in said and "CE loss score" not in said
+    assert (run.out / "run.png").stat().st_size > 10_000
+    report = json.loads((run.out / "eval.json").read_text())
+    assert report["cross_entropy"] is None
+    assert 0 < report["rows"]["fvu"] < 2
+    held_out = ActivationShards(run.activations / HELD_OUT)
+    assert report["rows"]["n_rows"] == held_out.index.rows
+    metadata = SAE.load_from_disk(run.out / "sae").cfg.metadata
+    assert metadata["model_name"] == model
+    assert metadata["hook_name"] == HOOKS[0]
+
+
+def test_the_saved_sae_is_evaluated_on_the_harvests_held_out_text(run, capsys):
+    trained = train_side_by_side(run)[""]
+    main(["eval", "--sae", str(run.out / "sae"), "--tokens", "1000", "--device", "cpu"])
+    fvu = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FVU"))
+    # The harvest's rows are rounded to bfloat16.
+    assert float(fvu.split()[1]) == pytest.approx(trained.report["rows"]["fvu"], rel=0.02)
+
+
+def test_several_places_train_side_by_side(run):
+    trained = train_side_by_side(replace(run, also=({"hook": HOOKS[1]}, {"layer": 0, "k": 2})))
+    assert [one.sae.cfg.metadata["hook_name"] for one in trained.values()] == [*HOOKS, HOOKS[0]]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(harvest, tmp_path):
+    outs = {kills: tmp_path / f"killed-{kills}" for kills in (0, 4)}
+    script = Path(__file__).with_name("killed_training.py")
+    for kills, out in outs.items():
+        command = [sys.executable, str(script), str(harvest.out), str(out), str(kills), "0"]
+        made = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert made.returncode == 0, made.stderr
+        assert f"kills {kills} status 0" in made.stdout
+    whole, killed = outs.values()
+    for name in ("sae/sae_weights.safetensors", "checkpoints/step-000000400"):
+        path = whole / name
+        for file in [path] if path.is_file() else path.glob("*.safetensors"):
+            other = load_file(killed / file.relative_to(whole))
+            for key, tensor in load_file(file).items():
+                assert torch.equal(tensor, other[key]), (name, key)
+    clocks = ("seconds", "tokens_per_second")
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in clocks}
+            for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
+        for out in (whole, killed)
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "gpt2"}, "model must be left to the harvest .*, got 'gpt2'"),
+        ({"context_size": 64}, "context_size must be left to the harvest .*, got 64"),
+        ({"hook": None}, "hook must be one of those harvested into .*resid_post.*, got None"),
+        ({"hook": None, "layer": 1}, "got 'blocks.1.hook_resid_post'"),
+        ({"activations": Path("absent")}, "activations must be a folder with index.json"),
+    ],
+)
+def test_a_run_is_refused(run, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_side_by_side(replace(run, **changes))
+
+
+def test_a_harvest_without_held_out_rows_is_refused(run, harvest, tmp_path):
+    harvest_to_disk(replace(harvest, out=tmp_path / "rows", eval_tokens=0, tokens=1000))
+    with pytest.raises(ValueError, match="activations must hold rows of held-out documents"):
+        train_side_by_side(replace(run, activations=tmp_path / "rows"))
+
+
+def test_a_run_does_not_resume_on_other_rows(run, harvest, tmp_path):
+    train_side_by_side(run)
+    other = replace(harvest, out=tmp_path / "rows", tokens=15_000)
+    harvest_to_disk(other)
+    settings = run.out / "run.json"
+    settings.write_text(settings.read_text().replace(str(harvest.out), str(other.out)))
+    with pytest.raises(ValueError, match="activations_sha256"):
+        train_side_by_side(replace(run, activations=other.out, resume=True))
