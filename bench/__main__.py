@@ -1,6 +1,6 @@
 """The whole comparison in one command.
 
-    python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
+    python -m bench                     # all but quality: under 20 minutes
     python -m bench --quick             # a small step beside every library, in a minute
     python -m bench --parts step ops    # only these
     python -m bench --parts gpu         # on a GPU: python -m bench.gpu_check
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end, gpu_check, ops, quality, report, scaling
+from bench import end_to_end, gpu_check, ops, pipeline, quality, report, scaling
 from bench.cases import find_case
 from bench.providers import PEERS
 from bench.record import append
@@ -65,6 +65,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "step": lambda: steps(5),
     "ops": lambda: single_ops(3),
     "scaling": curves,
+    "pipeline": lambda: pipeline.main(["--tokens", "16384"]),
     "end-to-end": whole_jobs,
 }
 OWN_COMMANDS = {"quality": quality.main, "gpu": gpu_check.main}
