@@ -1,8 +1,8 @@
 """The whole comparison in one command.
 
-    python -m bench                     # all but quality: under 20 minutes
+    python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
     python -m bench --quick             # a small step beside every library, in a minute
-    python -m bench --parts step ops    # only these
+    python -m bench --parts step ops    # only these; pipeline and quality on request
     python -m bench --parts gpu         # on a GPU: python -m bench.gpu_check
     python -m bench report              # tables and plots of the committed rows
 
@@ -27,7 +27,7 @@ OUT = Path("runs/bench")
 STEP_CASES = ("smollm2-135m-16k", "smollm2-135m-65k")
 OPS_CASE = "smollm2-135m-16k"
 STEP_PROVIDERS = [*PEERS, "plain-pytorch"]
-LARGE_STEP_PROVIDERS = ["fastsae", "sae-lens", "sae-lens-accelerated", "sparsify"]
+LARGE_STEP_PROVIDERS = ["fastsae", "sae-lens", "sparsify"]
 """At 65k latents a step of the others takes as long as SAELens's and says what 16k said."""
 Row = dict[str, Any]
 
@@ -54,7 +54,11 @@ def single_ops(repeats: int) -> list[Row]:
 
 
 def curves() -> list[Row]:
-    return [r for axis in scaling.AXES for r in scaling.curve(axis, ["fastsae", "sae-lens"], 3)]
+    return [
+        row
+        for axis in scaling.AXES
+        for row in scaling.curve(axis, ["fastsae", *(["sae-lens"] if axis == "F" else [])], 3)
+    ]
 
 
 def whole_jobs() -> list[Row]:
@@ -83,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=COMPARISON)
     parser.add_argument("--quick", action="store_true", help="one small step, every library")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of rows and report")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl too")

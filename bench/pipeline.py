@@ -1,6 +1,6 @@
 """What the way of the data costs: harvesting, reading back, and steps fed from a disk.
 
-    python -m bench.pipeline                         # 32,768 tokens, layer 9 of SmolLM2-135M
+    python -m bench.pipeline                         # 8,192 tokens, layer 9 of SmolLM2-135M
     python -m bench.pipeline --tokens 1000000 --folder /fast/disk/rows
 
 `harvest` is measured against the model's bare forward pass up to the layer over the same contexts,
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--layer", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the rows are written; None: temporary")
