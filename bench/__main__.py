@@ -72,6 +72,8 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "pipeline": lambda: pipeline.main(["--tokens", "16384"]),
     "end-to-end": whole_jobs,
 }
+COMPARISON = [name for name in PARTS if name != "pipeline"]
+"""The parts that compare libraries."""
 OWN_COMMANDS = {"quality": quality.main, "gpu": gpu_check.main}
 """Parts that write rows of their own, and are not part of the comparison by default."""
 
