@@ -69,7 +69,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "step": lambda: steps(5),
     "ops": lambda: single_ops(3),
     "scaling": curves,
-    "pipeline": lambda: pipeline.main(["--tokens", "16384"]),
+    "pipeline": lambda: pipeline.main([]),
     "end-to-end": whole_jobs,
 }
 COMPARISON = [name for name in PARTS if name != "pipeline"]
