@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end, gpu_check, ops, pipeline, quality, report, scaling
+from bench import end_to_end, ops, pipeline, quality, report, scaling
 from bench.cases import find_case
 from bench.providers import PEERS
 from bench.record import append
@@ -74,7 +74,16 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
 }
 COMPARISON = [name for name in PARTS if name != "pipeline"]
 """The parts that compare libraries."""
-OWN_COMMANDS = {"quality": quality.main, "gpu": gpu_check.main}
+
+
+def on_a_gpu() -> None:
+    # Not before it is asked for: without a GPU it turns the kernels' interpreter on.
+    from bench import gpu_check
+
+    gpu_check.main()
+
+
+OWN_COMMANDS = {"quality": quality.main, "gpu": on_a_gpu}
 """Parts that write rows of their own, and are not part of the comparison by default."""
 
 
