@@ -2,7 +2,7 @@
 
     python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
     python -m bench --quick             # a small step beside every library, in a minute
-    python -m bench --parts step ops    # only these
+    python -m bench --parts step ops    # only these; pipeline and quality on request
     python -m bench --parts gpu         # on a GPU: python -m bench.gpu_check
     python -m bench report              # tables and plots of the committed rows
 
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end, gpu_check, ops, quality, report, scaling
+from bench import end_to_end, ops, pipeline, quality, report, scaling
 from bench.cases import find_case
 from bench.providers import PEERS
 from bench.record import append
@@ -27,7 +27,7 @@ OUT = Path("runs/bench")
 STEP_CASES = ("smollm2-135m-16k", "smollm2-135m-65k")
 OPS_CASE = "smollm2-135m-16k"
 STEP_PROVIDERS = [*PEERS, "plain-pytorch"]
-LARGE_STEP_PROVIDERS = ["fastsae", "sae-lens", "sae-lens-accelerated", "sparsify"]
+LARGE_STEP_PROVIDERS = ["fastsae", "sae-lens", "sparsify"]
 """At 65k latents a step of the others takes as long as SAELens's and says what 16k said."""
 Row = dict[str, Any]
 
@@ -54,7 +54,11 @@ def single_ops(repeats: int) -> list[Row]:
 
 
 def curves() -> list[Row]:
-    return [r for axis in scaling.AXES for r in scaling.curve(axis, ["fastsae", "sae-lens"], 3)]
+    return [
+        row
+        for axis in scaling.AXES
+        for row in scaling.curve(axis, ["fastsae", *(["sae-lens"] if axis == "F" else [])], 3)
+    ]
 
 
 def whole_jobs() -> list[Row]:
@@ -65,9 +69,21 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "step": lambda: steps(5),
     "ops": lambda: single_ops(3),
     "scaling": curves,
+    "pipeline": lambda: pipeline.main([]),
     "end-to-end": whole_jobs,
 }
-OWN_COMMANDS = {"quality": quality.main, "gpu": gpu_check.main}
+COMPARISON = [name for name in PARTS if name != "pipeline"]
+"""The parts that compare libraries."""
+
+
+def on_a_gpu() -> None:
+    # Not before it is asked for: without a GPU it turns the kernels' interpreter on.
+    from bench import gpu_check
+
+    gpu_check.main()
+
+
+OWN_COMMANDS = {"quality": quality.main, "gpu": on_a_gpu}
 """Parts that write rows of their own, and are not part of the comparison by default."""
 
 
@@ -82,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=COMPARISON)
     parser.add_argument("--quick", action="store_true", help="one small step, every library")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of rows and report")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl too")

@@ -70,7 +70,8 @@ def times(
     runs: dict[str, Callable[[], object]] = {n: partial(step, x) for n, step in steps.items()}
     runs |= _products(case, start, x)
     limits = ceilings(case, device)
-    seconds = interleaved(runs, repeats, device=device)
+    # Every step was taken three times already.
+    seconds = interleaved(runs, repeats, warm_up=int(device == "cuda"), device=device)
     medians = {name: quantiles(s)["ms_p50"] for name, s in seconds.items()}
     gemm = min(ms for name, ms in medians.items() if name in ("gemm", "gemm-row-major"))
     work = step_work(case, half=device == "cuda")

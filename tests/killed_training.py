@@ -1,4 +1,4 @@
-"""Trains from shards in a child process that is killed at random moments, until one gets through.
+"""Trains from shards twice: in peace, and in child processes that are killed at random moments.
 
 python tests/killed_training.py ACTIVATIONS OUT KILLS SEED
 """
@@ -15,8 +15,8 @@ import torch
 from fastsae.training.language_model_run import LanguageModelRun, train_on_language_model
 
 
-def main(activations: str, out: str, kills: int, seed: int) -> None:
-    torch.set_num_threads(1)
+def train(activations: Path, out: Path, kills: int, seed: int) -> None:
+    """Start over after each kill, until one gets through."""
     draw = random.Random(seed)
     done = 0
     while True:
@@ -24,14 +24,14 @@ def main(activations: str, out: str, kills: int, seed: int) -> None:
         if child == 0:
             train_on_language_model(
                 LanguageModelRun(
-                    out=Path(out),
-                    activations=Path(activations),
+                    out=out,
+                    activations=activations,
                     hook="blocks.1.hook_mlp_out",
                     tokens=64 * 400,
                     batch_size=64,
                     sae={"d_sae": 64, "k": 4},
                     checkpoints=100,
-                    resume=(Path(out) / "run.json").exists(),
+                    resume=(out / "run.json").exists(),
                     device="cpu",
                 )
             )
@@ -42,11 +42,14 @@ def main(activations: str, out: str, kills: int, seed: int) -> None:
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             done += 1
-        elif done >= kills or os.WEXITSTATUS(status):
-            print("kills", done, "status", status)  # noqa: T201
+        elif os.WEXITSTATUS(status):
             sys.exit(os.WEXITSTATUS(status))
+        elif done >= kills:
+            return print("kills", done)  # noqa: T201
 
 
 if __name__ == "__main__":
     activations, out, kills, seed = sys.argv[1:]
-    main(activations, out, int(kills), int(seed))
+    torch.set_num_threads(1)
+    for name, n in (("whole", 0), ("killed", int(kills))):
+        train(Path(activations), Path(out) / name, n, int(seed))

@@ -404,3 +404,9 @@ def test_the_miniature_is_large_enough_for_the_kernels():
 
     for case in (harness.QUICK.encode[0], harness.QUICK.training):
         assert kernel.fits(case.F, case.K)
+
+
+def test_the_comparison_does_not_turn_the_interpreter_on():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "import os, bench.__main__; assert 'TRITON_INTERPRET' not in os.environ"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)

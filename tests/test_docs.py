@@ -13,6 +13,7 @@ from fastsae import SAES
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
+    "docs/activations.md",
     "docs/adding_a_variant.md",
     "docs/analysis.md",
     "docs/architectures.md",

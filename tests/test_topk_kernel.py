@@ -150,9 +150,11 @@ def random_rows(generator, n_rows, F):
     return scores.gather(0, kind.expand(1, n_rows, F)).squeeze(0).to(DEVICE)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))]
+)
 def test_random_search_finds_no_mismatch(seed):
-    """8 x 16 launches of 16 rows, each row a case of its own: 2,048 of them."""
+    """16 launches of 16 rows a seed, each row a case of its own."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(16):
         F = int(torch.randint(40, 400, (), generator=generator))

@@ -24,6 +24,7 @@ from fastsae.training.centre import geometric_median
 from fastsae.training.interruption import EXIT_CODE, Interrupted
 from fastsae.training.schedule import lr_factor
 from parity import relative_error
+from tiny_models import save_tiny_llama
 from training_runs import KINDS, ROWS, B, D, F, config, standard_config, topk_config, train
 
 SCHEDULES = {
@@ -208,9 +209,12 @@ class TestSignals:
             Trainer(config(), device="cpu").fit(batches(), sample=ROWS.rows)
 
     def test_the_command_exits_with_a_status_of_its_own(self, tmp_path):
-        command = [sys.executable, "-m", "fastsae.cli", "demo", "--out", str(tmp_path / "run")]
-        run = subprocess.Popen([*command, "--harvest-tokens", "4096"], stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
+        model = save_tiny_llama(tmp_path / "model")
+        command = [sys.executable, "-m", "fastsae.cli", "train", "--out", str(tmp_path / "run")]
+        command += ["--model", str(model), "--context-size", "64", "--d-sae", "64", "--k", "4"]
+        command += ["--tokens", "100000000", "--harvest-tokens", "4096", "--batch-size", "64"]
+        run = subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "metrics.jsonl").exists() and run.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -26,6 +26,7 @@ def page(cpu: list[Row], gpu: list[Row], quality: list[Row], picture: Picture) -
     ]
     rows = newest(cpu, RUN)
     lines += end_to_end_lines(of(rows, "end_to_end"))
+    lines += pipeline_lines(newest(of(cpu, "pipeline"), ("bench",)))
     lines += step_lines(of(rows, "train_step"), picture)
     lines += memory_lines(of(rows, "train_step_memory"))
     lines += scaling_lines(newest(of(cpu, "scaling"), ("bench",)), picture)
@@ -57,6 +58,23 @@ def end_to_end_lines(rows: list[Row]) -> list[str]:
         lines += ["", f"**{case}, F={mine[0]['F']:,}, K={mine[0]['K']}**", ""]
         lines += [*table(timed(mine), columns), *failures(mine), "", where(mine)]
     return lines
+
+
+def pipeline_lines(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    columns = {
+        "level": "level",
+        "provider": "provider",
+        "rate": "rate",
+        "unit": "unit",
+        "share": "ours over it",
+        "peak_mib": "peak MiB",
+    }
+    lines = ["", "## The way of the data", "", "`python -m bench.pipeline`: harvesting to a folder"]
+    lines += ["against the model's bare forward pass, shuffled batches against reading the same"]
+    lines += ["files in order, and steps on them against steps on rows in memory."]
+    return [*lines, "", *table(rows, columns), "", where(rows)]
 
 
 def step_lines(rows: list[Row], picture: Picture) -> list[str]:

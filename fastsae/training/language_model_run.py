@@ -56,6 +56,13 @@ class LanguageModelRun:
     harvest_tokens: int | None = None
     """Tokens whose activations are held in memory and gone over; None: as many as are trained on,
     or all of the text."""
+    stream: bool = False
+    """Run the model beside the training, over as much text as that takes, instead of before it: no
+    more than `buffer_rows` are in memory. A run that is resumed makes the earlier rows again."""
+    buffer_rows: int = 65_536
+    """Rows that are mixed in memory where the model runs beside the training."""
+    mixing: float = 0.5
+    """Fraction of them that stays when the others are replaced."""
     activations: Path | None = None
     """Folder that `fastsae harvest` wrote, to train on its rows without a language model; the text
     is then the harvest's, and `hook` or `layer` one of its places."""
@@ -116,6 +123,11 @@ class LanguageModelRun:
                         f"{f.name} must be left to the harvest where activations are given, got "
                         f"{getattr(self, f.name)!r}"
                     )
+        if self.stream and self.harvest_tokens is not None:
+            raise ValueError(
+                f"harvest_tokens must be None with stream, got {self.harvest_tokens}: buffer_rows "
+                "says how many rows are in memory"
+            )
         known = [f.name for f in fields(SAES[self.variant].config_class)]
         for name in self.sae:
             if name not in known or name in SET_BY_THE_RUN:
@@ -255,9 +267,7 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The batch of each SAE, drawn once a hook."""
     size = next(iter(group.trainers.values())).cfg.batch_size or 1
-    streams = {hook: source.batches(hook, size, group.steps_done) for hook in set(hooks.values())}
-    while True:
-        drawn = {hook: next(stream) for hook, stream in streams.items()}
+    for drawn in source.batches(set(hooks.values()), size, group.steps_done):
         yield {name: drawn[hook] for name, hook in hooks.items()}
 
 

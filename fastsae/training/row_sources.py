@@ -1,4 +1,4 @@
-"""Where a run's rows come from: a language model's pass, or a folder of `fastsae harvest`."""
+"""Where a run's rows come from: a language model, before the training or beside it, or a folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.data import (
@@ -24,8 +25,10 @@ from fastsae.data import (
 )
 from fastsae.data.batches import ShuffledRows
 from fastsae.data.harvest_run import HELD_OUT
+from fastsae.data.model_rows import RowRules
 from fastsae.data.sharded_rows import WINDOWS, ShardedRows
 from fastsae.data.shards import ActivationShards
+from fastsae.data.streaming import StreamedRows
 from fastsae.evaluation.evaluate import evaluate_on_rows, evaluate_several
 from fastsae.saes import SAE
 
@@ -34,9 +37,11 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 65_536
 """Rows that a run is initialised from."""
+STREAM_SAMPLE_TOKENS = 8192
+"""The same where the model runs beside the training: as many as decide the median norm."""
 FROM_SHARDS = (
     *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
-    "massive_multiple",
+    *("massive_multiple", "stream", "buffer_rows", "mixing"),
 )
 """Fields of a run that a harvest has settled already."""
 
@@ -78,9 +83,14 @@ class ModelSource:
             "massive_multiple": run.massive_multiple,
         }
 
+    @property
+    def rows_in_memory(self) -> int:
+        """Tokens of each hook, those that are held out aside."""
+        return self.run.harvest_tokens or self.run.tokens
+
     def held_bytes(self, hooks: set[str]) -> dict[str, int]:
         """Memory that stays for the whole run, by item."""
-        rows = (self.run.harvest_tokens or self.run.tokens) + self.run.eval_tokens
+        rows = self.rows_in_memory + self.run.eval_tokens
         width = sum(self.width(hook) for hook in hooks)
         return {
             "language model": sum(p.nbytes for p in self.lm.model.parameters()),
@@ -93,9 +103,15 @@ class ModelSource:
             self._found[hook] = self._harvest(self._hooks[hook], tell)
 
     def _harvest(self, hook: HookPoint, tell: Progress) -> tuple[Activations, Activations]:
+        return self._harvest_tokens(hook, self.rows_in_memory, tell)
+
+    def _harvest_tokens(
+        self, hook: HookPoint, n_tokens: int, tell: Progress
+    ) -> tuple[Activations, Activations]:
+        """Rows to train on, and rows that are held out."""
         run = self.run
         text = load_text(run.dataset, split=run.split, text_column=run.text_column)
-        budgets = (run.harvest_tokens or run.tokens, run.eval_tokens)
+        budgets = (n_tokens, run.eval_tokens)
         tokens = [
             tokenize(part, self.lm.tokenizer, context_size=run.context_size, n_tokens=budget)
             for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
@@ -117,10 +133,13 @@ class ModelSource:
         rows = self._found[hook][0].rows
         return rows[:: max(1, len(rows) // SAMPLE_ROWS)]
 
-    def batches(self, hook: str, batch_size: int, step: int) -> Iterator[Tensor]:
-        """From that of a step, counted from 0, on."""
-        rows = self._found[hook][0].rows
-        return ShuffledRows(rows, batch_size, self.run.seed).from_step(step)
+    def batches(
+        self, hooks: set[str], batch_size: int, step: int
+    ) -> Iterator[dict[str, Float[Tensor, "B D"]]]:
+        """By hook, from that of a step, counted from 0, on."""
+        seed = self.run.seed
+        rows = {hook: ShuffledRows(self._found[hook][0].rows, batch_size, seed) for hook in hooks}
+        return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
 
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
@@ -133,6 +152,37 @@ class ModelSource:
     def held_out(self, hook: str) -> Activations | None:
         """Rows that were held out and their tokens, where there are tokens to show."""
         return self._found[hook][1]
+
+
+class StreamSource(ModelSource):
+    """Rows of a model that runs beside the training; a buffer of them is in memory."""
+
+    halved = {"activations": "buffer_rows halved"}
+
+    @property
+    def rows_in_memory(self) -> int:
+        return self.run.buffer_rows
+
+    def _harvest(self, hook: HookPoint, tell: Progress) -> tuple[Activations, Activations]:
+        """The first rows decide where a run starts and what is massive."""
+        return self._harvest_tokens(hook, min(self.run.tokens, STREAM_SAMPLE_TOKENS), tell)
+
+    def batches(self, hooks: set[str], batch_size: int, step: int) -> Iterator[dict[str, Tensor]]:
+        run = self.run
+        text = load_text(run.dataset, split=run.split, text_column=run.text_column)
+        train, _ = split_documents(text, seed=run.seed)
+        return StreamedRows(
+            self.lm,
+            [self._hooks[hook] for hook in sorted(hooks)],
+            train,
+            batch_size,
+            run.seed,
+            context_size=run.context_size,
+            rules=RowRules(massive_multiple=run.massive_multiple),
+            median_norms={hook: self._found[hook][0].median_norm for hook in hooks},
+            buffer_rows=run.buffer_rows,
+            mixing=run.mixing,
+        ).from_step(step)
 
 
 class ShardSource:
@@ -192,8 +242,9 @@ class ShardSource:
     def sample(self, hook: str) -> Tensor:
         return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)
 
-    def batches(self, hook: str, batch_size: int, step: int) -> Iterator[Tensor]:
-        return ShardedRows(self.shards, hook, batch_size, self.run.seed).from_step(step)
+    def batches(self, hooks: set[str], batch_size: int, step: int) -> Iterator[dict[str, Tensor]]:
+        rows = {hook: ShardedRows(self.shards, hook, batch_size, self.run.seed) for hook in hooks}
+        return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
 
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
@@ -209,6 +260,11 @@ class ShardSource:
 
 
 def row_source(run: LanguageModelRun, device: torch.device) -> ModelSource | ShardSource:
-    if run.activations is None:
-        return ModelSource(run, device)
-    return ShardSource(run, run.activations)
+    if run.activations is not None:
+        return ShardSource(run, run.activations)
+    return StreamSource(run, device) if run.stream else ModelSource(run, device)
+
+
+def _side_by_side(streams: Mapping[str, Iterator[Tensor]]) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield {hook: next(stream) for hook, stream in streams.items()}
