@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
@@ -15,8 +15,7 @@ from fastsae.data.shards import ActivationShards
 
 WINDOW_ROWS = 131_072
 """Rows that are shuffled together by default."""
-WINDOWS = 3
-"""In memory at once: one that batches come from, one that waits, one that is being read."""
+WINDOWS_AHEAD = 1
 
 
 class _Window(NamedTuple):
@@ -52,7 +51,7 @@ class ShardedRows:
         seed: int = 0,
         *,
         window_rows: int = WINDOW_ROWS,
-        ahead: int = 1,
+        ahead: int = WINDOWS_AHEAD,
     ) -> None:
         self.shards, self.hook = shards, shards.check_hook(hook)
         self.sizes = [shard.rows for shard in shards.index.shards]
@@ -66,10 +65,14 @@ class ShardedRows:
         self.ahead = ahead
 
     @property
+    def n_windows(self) -> int:
+        """In memory: one that batches come from, those that wait, one that is being read."""
+        return 2 + self.ahead
+
+    @property
     def window_bytes(self) -> int:
-        """Memory of one window, of which there are `WINDOWS`."""
-        room = max(min(self.window_rows, sum(self.sizes)), *self.sizes)
-        return room * self.shards.index.widths[self.hook] * self.shards.dtype.itemsize
+        """Memory of one window."""
+        return self._room * self.shards.index.widths[self.hook] * self.shards.dtype.itemsize
 
     def sample(self, n_rows: int) -> Float[Tensor, "n D"]:
         """About so many rows, at equal distances over all shards."""
@@ -77,7 +80,7 @@ class ShardedRows:
         parts = [self.shards.rows(self.hook, i)[::stride] for i in range(len(self.sizes))]
         return torch.cat(parts)
 
-    def from_step(self, step: int) -> Iterator[Float[Tensor, "B D"]]:
+    def from_step(self, step: int) -> Generator[Float[Tensor, "B D"]]:
         """The batches from that of a step, counted from 0, on."""
         epoch, skipped = divmod(step * self.batch_size, sum(self.sizes))
         batch, filled = self._empty(self.batch_size), 0
@@ -92,10 +95,9 @@ class ShardedRows:
                         batch, filled = self._empty(self.batch_size), 0
 
     def _windows(self, epoch: int, skipped: int) -> Iterator[_Window]:
-        """The windows from a row of an epoch on; a window's memory is used again `WINDOWS` later,
-        when whoever takes them has long moved on."""
-        room = self.window_bytes // (self.shards.index.widths[self.hook] * self._itemsize)
-        buffers = cycle([self._empty(room, pin=False) for _ in range(WINDOWS)])
+        """The windows from a row of an epoch on; a window's memory is used again `n_windows` later,
+        when whoever takes them has moved on."""
+        buffers = cycle([self._empty(self._room, pin=False) for _ in range(self.n_windows)])
         while True:
             for number, shards in enumerate(self._epoch(epoch)):
                 n_rows = sum(self.sizes[shard] for shard in shards)
@@ -134,5 +136,6 @@ class ShardedRows:
         return torch.empty(n_rows, width, dtype=self.shards.dtype, pin_memory=pinned)
 
     @property
-    def _itemsize(self) -> int:
-        return self.shards.dtype.itemsize
+    def _room(self) -> int:
+        """Rows of the largest window there can be."""
+        return max(min(self.window_rows, sum(self.sizes)), *self.sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import count
 
 import torch
@@ -28,7 +28,8 @@ class StreamedRows:
     order, all but a fraction `mixing` of them, and new rows are written into the places that were
     drawn: nothing is moved or copied but the rows that come and go. The text is read again when it
     ends. What a batch holds is a function of the model, the text and the seed; to go on from a
-    step, the rounds before it are made again, which runs the model over their text.
+    step, the rounds before it are made again, which runs the model over their text. While batches
+    are drawn the model is not to be run elsewhere: close the iterator first.
 
     Args:
         hooks: all from one pass of the model; row i of a batch is the same token at each.
@@ -69,18 +70,15 @@ class StreamedRows:
         self.lm, self.hooks, self.text = lm, list(hooks), text
         self.batch_size, self.seed, self.ahead = batch_size, seed, ahead
         self.context_size, self.buffer_rows = context_size, buffer_rows
+        # Now, by a pass of one token: later another thread may be running the model.
+        self._widths = {hook.name: d_at(lm, hook) for hook in self.hooks}
         medians = [median_norms[hook.name] for hook in self.hooks]
         self._passes = ModelRows(lm, self.hooks, rules, median_norms=medians)
 
-    def from_step(self, step: int) -> Iterator[dict[str, Float[Tensor, "B D"]]]:
+    def from_step(self, step: int) -> Generator[dict[str, Float[Tensor, "B D"]]]:
         """The batches by hook, from that of a step, counted from 0, on."""
         with Prefetched(self._kept(), self.ahead) as kept:
-            buffer = _Buffer(
-                {hook.name: d_at(self.lm, hook) for hook in self.hooks},
-                self.lm.model.dtype,
-                self.buffer_rows,
-                kept,
-            )
+            buffer = _Buffer(self._widths, self.lm.model.dtype, self.buffer_rows, kept)
             buffer.write(torch.arange(self.buffer_rows))
             for number in count():
                 order = torch.randperm(self.buffer_rows, generator=self._generator(number))

@@ -1,7 +1,8 @@
 """The main job: a language model's activations -> SAEs, evaluated and saved."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -213,13 +214,15 @@ def train_side_by_side(
         if run.resume:
             group.resume()
         total, first = run.tokens, next(iter(runs))
-        saes = group.fit(
-            _batches(group, hooks, source),
-            sample={name: source.sample(hook) for name, hook in hooks.items()},
-            progress=lambda n, line: (
-                tell("train", line["tokens"], total, line) if n == first else None
-            ),
-        )
+        # Closed before the evaluation: what reads ahead may be running the model.
+        with closing(_batches(group, hooks, source)) as batches:
+            saes = group.fit(
+                batches,
+                sample={name: source.sample(hook) for name, hook in hooks.items()},
+                progress=lambda n, line: (
+                    tell("train", line["tokens"], total, line) if n == first else None
+                ),
+            )
         timings["train"] = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -264,11 +267,12 @@ def _finish(
 
 def _batches(
     group: TrainerGroup, hooks: dict[str, str], source: ModelSource | ShardSource
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Generator[dict[str, torch.Tensor]]:
     """The batch of each SAE, drawn once a hook."""
     size = next(iter(group.trainers.values())).cfg.batch_size or 1
-    for drawn in source.batches(set(hooks.values()), size, group.steps_done):
-        yield {name: drawn[hook] for name, hook in hooks.items()}
+    with closing(source.batches(set(hooks.values()), size, group.steps_done)) as batches:
+        for drawn in batches:
+            yield {name: drawn[hook] for name, hook in hooks.items()}
 
 
 def _config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from fastsae.data import (
 from fastsae.data.batches import ShuffledRows
 from fastsae.data.harvest_run import HELD_OUT
 from fastsae.data.model_rows import RowRules
-from fastsae.data.sharded_rows import WINDOWS, ShardedRows
+from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
 from fastsae.data.streaming import StreamedRows
 from fastsae.evaluation.evaluate import evaluate_on_rows, evaluate_several
@@ -135,7 +135,7 @@ class ModelSource:
 
     def batches(
         self, hooks: set[str], batch_size: int, step: int
-    ) -> Iterator[dict[str, Float[Tensor, "B D"]]]:
+    ) -> Generator[dict[str, Float[Tensor, "B D"]]]:
         """By hook, from that of a step, counted from 0, on."""
         seed = self.run.seed
         rows = {hook: ShuffledRows(self._found[hook][0].rows, batch_size, seed) for hook in hooks}
@@ -167,7 +167,7 @@ class StreamSource(ModelSource):
         """The first rows decide where a run starts and what is massive."""
         return self._harvest_tokens(hook, min(self.run.tokens, STREAM_SAMPLE_TOKENS), tell)
 
-    def batches(self, hooks: set[str], batch_size: int, step: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
         run = self.run
         text = load_text(run.dataset, split=run.split, text_column=run.text_column)
         train, _ = split_documents(text, seed=run.seed)
@@ -233,8 +233,8 @@ class ShardSource:
         }
 
     def held_bytes(self, hooks: set[str]) -> dict[str, int]:
-        windows = sum(ShardedRows(self.shards, hook, 1).window_bytes for hook in hooks)
-        return {"windows of activations": WINDOWS * windows}
+        rows = [ShardedRows(self.shards, hook, 1) for hook in hooks]
+        return {"windows of activations": sum(r.n_windows * r.window_bytes for r in rows)}
 
     def read(self, hooks: set[str], tell: Progress) -> None:
         """Nothing: batches come as they are read."""
@@ -242,7 +242,7 @@ class ShardSource:
     def sample(self, hook: str) -> Tensor:
         return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)
 
-    def batches(self, hooks: set[str], batch_size: int, step: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
         rows = {hook: ShardedRows(self.shards, hook, batch_size, self.run.seed) for hook in hooks}
         return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
 
@@ -265,6 +265,6 @@ def row_source(run: LanguageModelRun, device: torch.device) -> ModelSource | Sha
     return StreamSource(run, device) if run.stream else ModelSource(run, device)
 
 
-def _side_by_side(streams: Mapping[str, Iterator[Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _side_by_side(streams: Mapping[str, Iterator[Tensor]]) -> Generator[dict[str, Tensor]]:
     while True:
         yield {hook: next(stream) for hook, stream in streams.items()}
