@@ -180,6 +180,9 @@ def readme_lines(cpu: list[Row], gpu: list[Row]) -> list[str]:
     rows = [row for row in rows if row.get("usage", "uniform") == "uniform"]
     if not rows:
         return []
+    # One machine a table: milliseconds of two say nothing beside each other.
+    device = max(rows, key=lambda row: row["date"])["device"]
+    rows = [row for row in rows if row["device"] == device]
     heads = {f"{r['case']}{r['dead']}": _head(r) for r in rows}
     lines = []
     for provider, name in NAMES.items():
