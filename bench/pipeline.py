@@ -1,20 +1,22 @@
 """What the way of the data costs: harvesting, reading back, and steps fed from a disk.
 
     python -m bench.pipeline                         # 8,192 tokens, layer 9 of SmolLM2-135M
-    python -m bench.pipeline --tokens 1000000 --folder /fast/disk/rows
+    python -m bench.pipeline --tokens 1000000 --disk /fast/disk
 
 `harvest` is measured against the model's bare forward pass up to the layer over the same contexts,
 `read-back` (shuffled batches) against reading the same files in order by safetensors and by
 `numpy.memmap`, and `step` (training on what is read back) against steps on rows in memory. `share`
-is the throughput over the rival's. The files were just written or read: what a disk adds is the
-same for all of them.
+is the throughput over the rival's. For `read-back` the files are copied until they hold a gigabyte,
+and put out of the system's cache before each run.
 """
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ from fastsae.data import LanguageModel, capture, load_language_model, resid_hook
 from fastsae.data.activations import default_batch_contexts
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.sharded_rows import ShardedRows
-from fastsae.data.shards import ActivationShards
+from fastsae.data.shards import ActivationShards, Shard, read_index
 
 BATCH = 2048
+READ_BYTES = 1 << 30
 STEPS = 8
 Row = dict[str, Any]
 
@@ -53,18 +56,41 @@ def harvesting(run: HarvestRun, lm: LanguageModel) -> dict[str, Run]:
     return {"fastsae": ours, "bare forward pass": lambda: [capture(lm, hook, p) for p in passes]}
 
 
-def reading(shards: ActivationShards, hook: str) -> dict[str, Run]:
-    n_batches = shards.index.rows // BATCH
+def reading(folder: Path, hook: str) -> dict[str, Run]:
+    """All batches of an epoch, each run from the disk."""
 
-    def drain(batches: Iterator[Tensor]) -> None:
-        for _ in islice(batches, n_batches):
+    def drain(batches: Callable[[ActivationShards], Iterator[Tensor]]) -> None:
+        shards = ActivationShards(folder)  # of its own: what is mapped is not put out of the cache
+        evict(shards)
+        for _ in islice(batches(shards), shards.index.rows // BATCH):
             pass
 
     return {
-        "fastsae": lambda: drain(ShardedRows(shards, hook, BATCH).from_step(0)),
-        "safetensors": lambda: drain(by_safetensors(shards, hook)),
-        "numpy.memmap": lambda: drain(by_memmap(shards, hook)),
+        "fastsae": lambda: drain(lambda shards: ShardedRows(shards, hook, BATCH).from_step(0)),
+        "safetensors": lambda: drain(lambda shards: by_safetensors(shards, hook)),
+        "numpy.memmap": lambda: drain(lambda shards: by_memmap(shards, hook)),
     }
+
+
+def copied(folder: Path, n_bytes: int) -> Path:
+    """The harvest's shards again and again, in a folder of their own beside it."""
+    larger, index = folder.with_name("larger"), read_index(folder)
+    larger.mkdir()
+    shards: list[Shard] = []
+    while sum(shard.n_bytes for shard in shards) < n_bytes:
+        for shard in index.shards:
+            shards.append(replace(shard, file=f"shard-{len(shards):05}.safetensors"))
+            shutil.copy(folder / shard.file, larger / shards[-1].file)
+    replace(index, shards=tuple(shards)).write(larger)
+    return larger
+
+
+def evict(shards: ActivationShards) -> None:
+    """Have the system forget what it holds of the files."""
+    for i in range(len(shards.index.shards)):
+        with shards.path(i).open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def by_safetensors(shards: ActivationShards, hook: str) -> Iterator[Tensor]:
@@ -139,21 +165,23 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the rows are written; None: temporary")
+    parser.add_argument("--disk", type=Path, help="folder below which rows are written for a while")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args(arguments)
     lm = load_language_model()
     hook = resid_hook_name(args.layer)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "rows"
+    with tempfile.TemporaryDirectory(dir=args.disk) as temporary:
+        folder = Path(temporary) / "rows"
         run = HarvestRun(out=folder, hooks=(hook,), tokens=args.tokens, eval_tokens=0, shard_mib=16)
         found = measured("harvest", harvesting(run, lm), args.repeats, args.tokens, "tokens/s")
-        shards = ActivationShards(folder)
+        larger = copied(folder, READ_BYTES)
+        shards = ActivationShards(larger)
         n_rows = shards.index.rows // BATCH * BATCH
         gigabytes = n_rows * shards.index.widths[hook] * shards.dtype.itemsize / 1e9
-        found += measured("read-back", reading(shards, hook), 9, gigabytes, "GB/s")
-        steps = stepping(shards, hook, args.d_sae)
-        found += measured("step", steps, args.repeats, STEPS, "steps/s")
+        found += measured("read-back", reading(larger, hook), args.repeats, gigabytes, "GB/s")
+        found += measured(
+            "step", stepping(shards, hook, args.d_sae), args.repeats, STEPS, "steps/s"
+        )
     for row in found:
         row |= {"case": f"smollm2-135m layer {args.layer}", "tokens": args.tokens}
     if args.save:

@@ -219,7 +219,7 @@ def demo(args: Demo) -> None:
         tokens=args.tokens,
         harvest_tokens=args.harvest_tokens,
         sae={"d_sae": args.d_sae, "k": args.k},
-        eval_tokens=8192,
+        eval_tokens=4096,
         seed=args.seed,
         device=args.device,
     )

@@ -3,17 +3,14 @@
 python tests/killed_harvest.py MODEL TEXT OUT KILLS SEED
 """
 
-import os
-import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from fastsae.data import load_language_model
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
+from killed import until_it_gets_through
 
 
 def main(model: str, text: str, out: str, kills: int, seed: int) -> None:
@@ -30,22 +27,7 @@ def main(model: str, text: str, out: str, kills: int, seed: int) -> None:
         shard_mib=1,
         batch_contexts=16,
     )
-    draw = random.Random(seed)
-    done = 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            harvest_to_disk(run, lm=lm)
-            os._exit(0)
-        if done < kills:
-            time.sleep(draw.uniform(0.02, 0.15))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            done += 1
-        elif done >= kills or os.WEXITSTATUS(status):
-            print("kills", done, "status", status)  # noqa: T201
-            sys.exit(os.WEXITSTATUS(status))
+    until_it_gets_through(lambda: harvest_to_disk(run, lm=lm), kills, seed, (0.02, 0.15))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, measure, ops, quality, record, report, roofline, scaling, train_step
+from bench import (
+    ops,
+    pipeline,
+    quality,
+    record,
+    report,
+    roofline,
+    scaling,
+    train_step,
+)
 from bench.cases import SAMPLE, Case, Start, find_case, real_rows, rows
-from bench.gpu import harness, truth
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report import plots
-from bench.report.gpu import gpu_lines
+from bench.report.page import pipeline_lines
 from bench.report.rows import committed
-from fastsae_kernels import SparseCode
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", 12, 16, 64, 2)
@@ -272,141 +279,22 @@ def test_the_sample_of_real_rows_is_small_and_heavy_tailed():
     assert float(x.abs().max() / x.std()) > 30
 
 
-def functions():
-    for name, part in gpu_check.PARTS.items():
-        for function in part.run:
-            yield pytest.param(name, function, id=f"{name}-{function.__name__}")
-
-
-@pytest.mark.skipif(not harness.DRY, reason="a GPU runs `python -m bench.gpu_check` itself")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name, function", list(functions()))
-def test_the_gpu_run_in_miniature(name, function, tmp_path, capsys):
-    pytest.importorskip("triton")
-    out = tmp_path / "rows.jsonl"
-    made = harness.Report(name, 60.0, out)
-    function(harness.QUICK, made)
-    shown = capsys.readouterr().out
-    assert made.failures == [], shown
-    assert " fails " not in shown and "left out:" not in shown
-    # Without a GPU nothing is timed and nothing is kept.
-    assert not re.search(r"\d ms", shown) and not out.exists()
-
-
-def test_the_truth_in_pieces_is_the_truth(monkeypatch):
-    x, weight, bias = torch.randn(9, 8), torch.randn(50, 8).bfloat16(), torch.randn(50)
-    scores = (x.double() @ weight.double().t() + bias.double()).relu()
-    for piece in (1 << 20, 90):
-        monkeypatch.setattr(truth, "PIECE", piece)
-        values, indices = truth.largest(x, weight, bias, 5)
-        assert torch.allclose(values, scores.topk(5, dim=1).values)
-        assert torch.allclose(scores.gather(1, indices), values)
-        assert torch.allclose(truth.scores_at(x, weight, bias, indices), values)
-        code = SparseCode(values, indices.int())
-        exact = code.to_dense(50) @ weight.double()
-        assert torch.allclose(truth.decoded(code, weight), exact)
-
-
-def test_device_times_are_between_events(monkeypatch):
-    class Event:
-        now = 0.0
-
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = Event.now
-
-        def elapsed_time(self, stop):
-            return stop.at - self.at
-
-    def work():
-        Event.now += 2.0  # milliseconds
-
-    empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: empty(8, dtype=dtype))
-    found = measure.interleaved({"work": work, "none": lambda: None}, 3, device="cuda")
-    assert found == {"work": [0.002] * 3, "none": [0.0] * 3}
-    assert measure.in_a_row(work, 5) == pytest.approx(0.002)
-
-
-def test_a_part_that_fails_is_reported_and_the_next_function_runs(monkeypatch, capsys):
-    def breaks(scale, report):
-        raise RuntimeError("out of luck")
-
-    def works(scale, report):
-        report.check("works", True, figure=1.0)
-
-    monkeypatch.setitem(gpu_check.PARTS, "made", gpu_check.Part(60.0, (breaks, works)))
-    failures = gpu_check.run_part("made", harness.QUICK, None)
-    shown = capsys.readouterr().out
-    assert failures == ["breaks runs to its end"]
-    assert "out of luck" in shown and "ok   works: figure 1" in shown
-
-
-def test_a_process_that_fails_or_hangs_is_named(tmp_path, capsys):
-    run = [sys.executable, "-c"]
-    start = gpu_check.Child.start
-    fine = start("fine", [*run, "print('all well')"], 60.0, tmp_path)
-    failing = start("failing", [*run, "raise SystemExit(3)"], 60.0, tmp_path)
-    hanging = start("hanging", [*run, "import time; time.sleep(60)"], 0.5, tmp_path)
-    assert [c.wait() for c in (fine, failing, hanging)] == [None, "exit status 3", "out of time"]
-    assert "all well" in capsys.readouterr().out
-
-
-def test_the_gpu_run_takes_the_tests_of_every_kernel():
-    chosen, left_out = gpu_check.kernel_tests()
-    names = {path.name for path in chosen}
-    assert {path.name for path in (ROOT / "tests").glob("test_*_kernel.py")} <= names
-    assert "test_topk_encode.py" in names and "test_aot.py" not in names
-    assert left_out == []
-
-
-def test_the_summary_names_failed_checks_and_figures():
-    rows = [
-        {"bench": "gpu_check", "check": "one", "passed": True},
-        {"bench": "gpu_check", "check": "two", "passed": False},
-        {"bench": "gpu_encode", "case": "c", "provider": "ours", "ms": 2.0, "over_cublas": 1.1},
-        {"bench": "gpu_step", "case": "c", "provider": "fastsae", "ms": 3.0, "over_floor": 1.2},
-    ]
-    text = gpu_check.summary(rows)
-    assert "1 of 2 checks passed" in text and "FAILED two" in text
-    assert "1.10 x cuBLAS" in text and "1.20 x floor" in text
-
-
-def test_the_page_shows_the_newest_figures_of_a_gpu():
-    here = {"device": "a GPU", "threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
-    here["date"] = "2026-01-01T00:00:00Z"
-    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", **here, "over_floor": 1.25}
-    failed = {"bench": "gpu_check", "check": "two", "passed": False, **here}
-    text = "\n".join(gpu_lines([{**step, "ms": 9.0}, failed, {**step, "ms": 3.14159}]))
-    assert "| c | fastsae | 3.142 | 1.25 |" in text and "9.0" not in text
-    assert "0 of 1 checks passed" in text and "Failed: two." in text
-    assert gpu_lines([]) == []
-
-
-def test_the_gpu_run_fits_its_eight_minutes():
-    timed = sum(part.budget for part in gpu_check.PARTS.values() if part.timed)
-    untimed = [part.budget for part in gpu_check.PARTS.values() if not part.timed]
-    assert max(*untimed, gpu_check.TESTS_BUDGET) + timed <= 8 * 60
-
-
-def test_launches_of_a_run_without_a_gpu_are_none():
-    assert measure.launches(lambda: torch.ones(2) + 1, calls=1) == {}
-
-
-def test_the_miniature_is_large_enough_for_the_kernels():
-    """Smaller dictionaries are left to `eager`, and the check would check nothing."""
-    kernel = pytest.importorskip("fastsae_kernels.topk.kernel")
-    from bench.gpu import harness
-
-    for case in (harness.QUICK.encode[0], harness.QUICK.training):
-        assert kernel.fits(case.F, case.K)
-
-
 def test_the_comparison_does_not_turn_the_interpreter_on():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     code = "import os, bench.__main__; assert 'TRITON_INTERPRET' not in os.environ"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_the_way_of_the_data_is_measured_at_every_level(monkeypatch, capsys):
+    for name, small in (("BATCH", 256), ("STEPS", 2), ("READ_BYTES", 3 << 20)):
+        monkeypatch.setattr(pipeline, name, small)
+    arguments = ["--tokens", "1024", "--layer", "0", "--d-sae", "64", "--repeats", "1"]
+    found = pipeline.main(arguments)
+    assert {(row["level"], row["provider"]) for row in found} == {
+        *(("harvest", name) for name in ("fastsae", "bare forward pass")),
+        *(("read-back", name) for name in ("fastsae", "safetensors", "numpy.memmap")),
+        *(("step", name) for name in ("fastsae", "rows in memory")),
+    }
+    assert all(row["rate"] > 0 for row in found)
+    lines = pipeline_lines([row | {"date": "", "device": "x"} for row in found])
+    assert sum(line.startswith("| read-back") for line in lines) == 3

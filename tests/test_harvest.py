@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
 from fastsae.data.hooks import capture_all, resolve_hook
 from fastsae.data.shards import ActivationShards, read_index
 from fastsae.data.tokens import separator_id
-from tiny_models import save_tiny_llama, tiny_llama
+from tiny_models import save_stories, save_tiny_llama, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -36,10 +35,7 @@ def lm(model):
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory):
-    path = tmp_path_factory.mktemp("harvest") / "stories.jsonl"
-    lines = [f"Story {i} is about {i} boats and {7 * i % 11} bridges. " * 4 for i in range(600)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return str(path)
+    return save_stories(tmp_path_factory.mktemp("harvest"), 600)
 
 
 @pytest.fixture

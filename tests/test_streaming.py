@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -14,17 +13,14 @@ from fastsae.data import harvest, load_language_model, load_text, resolve_hook, 
 from fastsae.data.model_rows import RowRules
 from fastsae.data.streaming import StreamedRows
 from fastsae.training.language_model_run import LanguageModelRun, train_side_by_side
-from tiny_models import save_tiny_llama
+from tiny_models import save_stories, save_tiny_llama
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
 
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory):
-    path = tmp_path_factory.mktemp("streaming") / "stories.jsonl"
-    lines = [f"Story {i} is about {i} boats and {7 * i % 11} bridges. " * 4 for i in range(120)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return str(path)
+    return save_stories(tmp_path_factory.mktemp("streaming"), 120)
 
 
 @pytest.fixture(scope="module")

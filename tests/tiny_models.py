@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,11 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
     tiny_llama(**{**settings, **changes}).model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_stories(folder: Path, n: int) -> str:
+    """A jsonl file of documents that differ."""
+    lines = [f"Story {i} is about {i} boats and {7 * i % 11} bridges. " * 4 for i in range(n)]
+    path = folder / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Prefetched(Iterator[T], Generic[T]):
             if isinstance(item, _Failed):
                 raise item.error
             raise StopIteration
-        return item  # type: ignore[return-value]
+        return cast(T, item)
 
     def close(self) -> None:
         """End the thread; what was made ahead is dropped."""

@@ -1,43 +1,44 @@
-"""Batches from shards on disk, in an order that is a function of the seed and the step alone."""
+"""Batches from shards on disk, of rows that are a function of the seed and the step alone."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from itertools import cycle
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.data.prefetch import Prefetched
 from fastsae.data.shards import ActivationShards
 
-WINDOW_ROWS = 131_072
+WINDOW_ROWS = 262_144
 """Rows that are shuffled together by default."""
-WINDOWS_AHEAD = 1
+BATCHES_AHEAD = 4
 
 
 class _Window(NamedTuple):
-    rows: Float[Tensor, "n D"]
-    """In the order of the files."""
-    order: Tensor
-    """[n] int64: the order they are handed out in."""
+    shards: list[int]
+    order: Int[Tensor, " n"]
+    """In which its rows are handed out, counted over its shards."""
 
 
 class ShardedRows:
     """Endless batches of one hook's rows, each row once an epoch, shuffled on two levels.
 
     Every epoch takes the shards in an order of its own, so many together that they hold
-    `window_rows` rows, and shuffles those among each other. The last batch of a window is filled
-    from the next one's beginning, so that every batch has `batch_size` rows. Batches are in the
-    dtype of the files, in pinned memory where there is a GPU.
+    `window_rows` rows, and draws its batches from all of those. The last batch of a window is
+    filled from the next one, so that every batch has `batch_size` rows; within a batch they stand
+    in the order of the files. Rows are copied out of the mapped files where they are drawn: only
+    batches are in memory. They are in the dtype of the files, and pinned where there is a GPU.
 
     Args:
         shards: what `fastsae harvest` wrote.
         hook: one of its hooks.
         window_rows: rows that are shuffled together, at most, in whole shards (at least one).
-        ahead: windows that are read before their use, on another thread; it changes no batch.
+        ahead: batches that are read before their use, on another thread; it changes none of them.
 
     Raises:
         ValueError: the hook is not there, or fewer rows than a batch has.
@@ -51,7 +52,7 @@ class ShardedRows:
         seed: int = 0,
         *,
         window_rows: int = WINDOW_ROWS,
-        ahead: int = WINDOWS_AHEAD,
+        ahead: int = BATCHES_AHEAD,
     ) -> None:
         self.shards, self.hook = shards, shards.check_hook(hook)
         self.sizes = [shard.rows for shard in shards.index.shards]
@@ -61,18 +62,8 @@ class ShardedRows:
             )
         if window_rows < 1:
             raise ValueError(f"window_rows must be at least 1, got {window_rows}")
-        self.batch_size, self.seed, self.window_rows = batch_size, seed, window_rows
-        self.ahead = ahead
-
-    @property
-    def n_windows(self) -> int:
-        """In memory: one that batches come from, those that wait, one that is being read."""
-        return 2 + self.ahead
-
-    @property
-    def window_bytes(self) -> int:
-        """Memory of one window."""
-        return self._room * self.shards.index.widths[self.hook] * self.shards.dtype.itemsize
+        self.batch_size, self.seed = batch_size, seed
+        self.window_rows, self.ahead = window_rows, ahead
 
     def sample(self, n_rows: int) -> Float[Tensor, "n D"]:
         """About so many rows, at equal distances over all shards."""
@@ -82,36 +73,46 @@ class ShardedRows:
 
     def from_step(self, step: int) -> Generator[Float[Tensor, "B D"]]:
         """The batches from that of a step, counted from 0, on."""
+        with Prefetched(self._batches(step), self.ahead) as batches:
+            yield from batches
+
+    def _batches(self, step: int) -> Iterator[Tensor]:
         epoch, skipped = divmod(step * self.batch_size, sum(self.sizes))
-        batch, filled = self._empty(self.batch_size), 0
-        with Prefetched(self._windows(epoch, skipped), self.ahead) as windows:
-            for rows, order in windows:
-                while len(order):
-                    part, order = order[: self.batch_size - filled], order[len(batch) - filled :]
-                    torch.index_select(rows, 0, part, out=batch[filled : filled + len(part)])
-                    filled += len(part)
-                    if filled == self.batch_size:
-                        yield batch
-                        batch, filled = self._empty(self.batch_size), 0
+        batch, filled = self._empty(), 0
+        for window, following in pairwise(self._windows(epoch, skipped)):
+            self.shards.will_read(following.shards)
+            for part in _cut(window.order, self.batch_size, self.batch_size - filled):
+                self._gather(window.shards, part, batch[filled : filled + len(part)])
+                filled += len(part)
+                if filled == self.batch_size:
+                    yield batch
+                    batch, filled = self._empty(), 0
+
+    def _gather(self, shards: list[int], rows: Tensor, out: Tensor) -> None:
+        """Copy rows, counted over the shards, in ascending order."""
+        rows = rows.sort().values
+        starts = [0, *accumulate(self.sizes[shard] for shard in shards)]
+        edges = torch.searchsorted(rows, torch.tensor(starts)).tolist()
+        for shard, start, first, last in zip(shards, starts, edges, edges[1:], strict=False):
+            # By numpy, which takes one thread and lets go of the interpreter: torch's threads would
+            # fight with those of the training.
+            np.take(
+                _bits(self.shards.rows(self.hook, shard)),
+                (rows[first:last] - start).numpy(),
+                axis=0,
+                out=_bits(out[first:last]),
+                mode="clip",
+            )
 
     def _windows(self, epoch: int, skipped: int) -> Iterator[_Window]:
-        """The windows from a row of an epoch on; a window's memory is used again `n_windows` later,
-        when whoever takes them has moved on."""
-        buffers = cycle([self._empty(self._room, pin=False) for _ in range(self.n_windows)])
+        """Without end, from a row of an epoch on."""
         while True:
             for number, shards in enumerate(self._epoch(epoch)):
                 n_rows = sum(self.sizes[shard] for shard in shards)
-                if skipped >= n_rows:
-                    skipped -= n_rows
-                    continue
-                rows, first = next(buffers)[:n_rows], 0
-                for shard in shards:
-                    found = self.shards.rows(self.hook, shard)
-                    rows[first : first + len(found)].copy_(found)
-                    first += len(found)
-                order = torch.randperm(n_rows, generator=self._generator(epoch, 1 + number))
-                yield _Window(rows, order[skipped:])
-                skipped = 0
+                if skipped < n_rows:
+                    order = torch.randperm(n_rows, generator=self._generator(epoch, 1 + number))
+                    yield _Window(shards, order[skipped:])
+                skipped = max(0, skipped - n_rows)
             epoch += 1
 
     def _epoch(self, epoch: int) -> Iterator[list[int]]:
@@ -130,12 +131,17 @@ class ShardedRows:
         key = (self.seed * 1_000_003 + epoch) * 1_000_003 + number
         return torch.Generator().manual_seed(key % 2**63)
 
-    def _empty(self, n_rows: int, *, pin: bool = True) -> Tensor:
-        width = self.shards.index.widths[self.hook]
-        pinned = pin and torch.cuda.is_available()
-        return torch.empty(n_rows, width, dtype=self.shards.dtype, pin_memory=pinned)
+    def _empty(self) -> Tensor:
+        width, pinned = self.shards.index.widths[self.hook], torch.cuda.is_available()
+        return torch.empty(self.batch_size, width, dtype=self.shards.dtype, pin_memory=pinned)
 
-    @property
-    def _room(self) -> int:
-        """Rows of the largest window there can be."""
-        return max(min(self.window_rows, sum(self.sizes)), *self.sizes)
+
+def _cut(order: Tensor, size: int, first: int) -> Iterator[Tensor]:
+    """In parts of `size`, but for the first and the last."""
+    yield order[:first]
+    yield from order[first:].split(size) if len(order) > first else ()
+
+
+def _bits(rows: Tensor) -> np.ndarray:
+    """The same memory; numpy has no bfloat16."""
+    return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()

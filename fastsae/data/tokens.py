@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerBase = Any
 
-_BLOCK_DOCUMENTS = 64
-"""Documents handed to the tokenizer at once: enough to keep its threads busy."""
+_BLOCK_LENGTH = 1 << 18
+"""Characters handed to the tokenizer at once: enough to keep its threads busy, and little more than
+the first contexts need."""
 
 
 class Place(NamedTuple):
@@ -148,10 +149,9 @@ def _token_ids(
     """Tokens of each document and the separator after it."""
     separator = separator_id(tokenizer)
     end = [] if separator is None else [separator]
-    documents = iter(documents)
-    while block := list(islice(documents, _BLOCK_DOCUMENTS)):
+    for block in _blocks(documents):
         if not isinstance(block[0], str):
-            yield from block  # type: ignore[misc]
+            yield from cast(list[list[int]], block)
             continue
         encoded: Any = tokenizer(
             cast(list[str], block),
@@ -160,3 +160,15 @@ def _token_ids(
             verbose=False,
         )
         yield from (ids + end for ids in encoded["input_ids"])
+
+
+def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    block, length = list[Document](), 0
+    for document in documents:
+        block.append(document)
+        length += len(document)
+        if length >= _BLOCK_LENGTH:
+            yield block
+            block, length = [], 0
+    if block:
+        yield block

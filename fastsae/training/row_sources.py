@@ -43,7 +43,7 @@ FROM_SHARDS = (
     *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
     *("massive_multiple", "stream", "buffer_rows", "mixing"),
 )
-"""Fields of a run that a harvest has settled already."""
+"""Fields of a run that mean nothing where its rows come from a harvest."""
 
 
 class ModelSource:
@@ -84,13 +84,13 @@ class ModelSource:
         }
 
     @property
-    def rows_in_memory(self) -> int:
-        """Tokens of each hook, those that are held out aside."""
+    def first_tokens(self) -> int:
+        """That the model runs over before the training, those that are held out aside."""
         return self.run.harvest_tokens or self.run.tokens
 
     def held_bytes(self, hooks: set[str]) -> dict[str, int]:
         """Memory that stays for the whole run, by item."""
-        rows = self.rows_in_memory + self.run.eval_tokens
+        rows = self.first_tokens + self.run.eval_tokens
         width = sum(self.width(hook) for hook in hooks)
         return {
             "language model": sum(p.nbytes for p in self.lm.model.parameters()),
@@ -103,15 +103,10 @@ class ModelSource:
             self._found[hook] = self._harvest(self._hooks[hook], tell)
 
     def _harvest(self, hook: HookPoint, tell: Progress) -> tuple[Activations, Activations]:
-        return self._harvest_tokens(hook, self.rows_in_memory, tell)
-
-    def _harvest_tokens(
-        self, hook: HookPoint, n_tokens: int, tell: Progress
-    ) -> tuple[Activations, Activations]:
         """Rows to train on, and rows that are held out."""
         run = self.run
         text = load_text(run.dataset, split=run.split, text_column=run.text_column)
-        budgets = (n_tokens, run.eval_tokens)
+        budgets = (self.first_tokens, run.eval_tokens)
         tokens = [
             tokenize(part, self.lm.tokenizer, context_size=run.context_size, n_tokens=budget)
             for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
@@ -157,15 +152,17 @@ class ModelSource:
 class StreamSource(ModelSource):
     """Rows of a model that runs beside the training; a buffer of them is in memory."""
 
-    halved = {"activations": "buffer_rows halved"}
+    halved = {"buffer": "buffer_rows halved"}
 
     @property
-    def rows_in_memory(self) -> int:
-        return self.run.buffer_rows
+    def first_tokens(self) -> int:
+        """As many as decide where a run starts and what is massive."""
+        return min(self.run.tokens, STREAM_SAMPLE_TOKENS)
 
-    def _harvest(self, hook: HookPoint, tell: Progress) -> tuple[Activations, Activations]:
-        """The first rows decide where a run starts and what is massive."""
-        return self._harvest_tokens(hook, min(self.run.tokens, STREAM_SAMPLE_TOKENS), tell)
+    def held_bytes(self, hooks: set[str]) -> dict[str, int]:
+        width = sum(self.width(hook) for hook in hooks)
+        buffer = self.run.buffer_rows * width * self.lm.model.dtype.itemsize
+        return {**super().held_bytes(hooks), "buffer": buffer}
 
     def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
         run = self.run
@@ -233,8 +230,7 @@ class ShardSource:
         }
 
     def held_bytes(self, hooks: set[str]) -> dict[str, int]:
-        rows = [ShardedRows(self.shards, hook, 1) for hook in hooks]
-        return {"windows of activations": sum(r.n_windows * r.window_bytes for r in rows)}
+        return {}  # a few batches, out of mapped files
 
     def read(self, hooks: set[str], tell: Progress) -> None:
         """Nothing: batches come as they are read."""
