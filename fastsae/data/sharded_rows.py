@@ -80,7 +80,7 @@ class ShardedRows:
         epoch, skipped = divmod(step * self.batch_size, sum(self.sizes))
         batch, filled = self._empty(), 0
         for window, following in pairwise(self._windows(epoch, skipped)):
-            self.shards.will_read(following.shards)
+            self.shards.will_read([*window.shards, *following.shards])
             for part in _cut(window.order, self.batch_size, self.batch_size - filled):
                 self._gather(window.shards, part, batch[filled : filled + len(part)])
                 filled += len(part)

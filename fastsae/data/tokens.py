@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerBase = Any
 
-_BLOCK_LENGTH = 1 << 18
-"""Characters handed to the tokenizer at once: enough to keep its threads busy, and little more than
-the first contexts need."""
+_BLOCK_DOCUMENTS, _BLOCK_LENGTH = 64, 1 << 18
+"""Documents, or characters of them, handed to the tokenizer at once: enough to keep its threads
+busy, and little more than the first contexts need."""
 
 
 class Place(NamedTuple):
@@ -167,7 +167,7 @@ def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         block.append(document)
         length += len(document)
-        if length >= _BLOCK_LENGTH:
+        if len(block) == _BLOCK_DOCUMENTS or length >= _BLOCK_LENGTH:
             yield block
             block, length = [], 0
     if block:
