@@ -296,5 +296,5 @@ def test_the_way_of_the_data_is_measured_at_every_level(monkeypatch, capsys):
         *(("step", name) for name in ("fastsae", "rows in memory")),
     }
     assert all(row["rate"] > 0 for row in found)
-    lines = pipeline_lines([row | {"date": "", "device": "x"} for row in found])
+    lines = pipeline_lines([row | record.environment() for row in found])
     assert sum(line.startswith("| read-back") for line in lines) == 3

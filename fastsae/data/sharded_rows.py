@@ -81,28 +81,13 @@ class ShardedRows:
         batch, filled = self._empty(), 0
         for window, following in pairwise(self._windows(epoch, skipped)):
             self.shards.will_read([*window.shards, *following.shards])
+            files = [_bits(self.shards.rows(self.hook, shard)) for shard in window.shards]
             for part in _cut(window.order, self.batch_size, self.batch_size - filled):
-                self._gather(window.shards, part, batch[filled : filled + len(part)])
+                _gather(files, part, _bits(batch[filled : filled + len(part)]))
                 filled += len(part)
                 if filled == self.batch_size:
                     yield batch
                     batch, filled = self._empty(), 0
-
-    def _gather(self, shards: list[int], rows: Tensor, out: Tensor) -> None:
-        """Copy rows, counted over the shards, in ascending order."""
-        rows = rows.sort().values
-        starts = [0, *accumulate(self.sizes[shard] for shard in shards)]
-        edges = torch.searchsorted(rows, torch.tensor(starts)).tolist()
-        for shard, start, first, last in zip(shards, starts, edges, edges[1:], strict=False):
-            # By numpy, which takes one thread and lets go of the interpreter: torch's threads would
-            # fight with those of the training.
-            np.take(
-                _bits(self.shards.rows(self.hook, shard)),
-                (rows[first:last] - start).numpy(),
-                axis=0,
-                out=_bits(out[first:last]),
-                mode="clip",
-            )
 
     def _windows(self, epoch: int, skipped: int) -> Iterator[_Window]:
         """Without end, from a row of an epoch on."""
@@ -140,6 +125,18 @@ def _cut(order: Tensor, size: int, first: int) -> Iterator[Tensor]:
     """In parts of `size`, but for the first and the last."""
     yield order[:first]
     yield from order[first:].split(size) if len(order) > first else ()
+
+
+def _gather(files: list[np.ndarray], rows: Tensor, out: np.ndarray) -> None:
+    """Copy rows, counted over the files, in ascending order."""
+    rows = rows.sort().values
+    starts = [0, *accumulate(map(len, files))]
+    edges = torch.searchsorted(rows, torch.tensor(starts)).tolist()
+    for file, start, first, last in zip(files, starts, edges, edges[1:], strict=False):
+        # By numpy, which takes one thread and lets go of the interpreter: torch's threads would
+        # fight with those of the training.
+        wanted = (rows[first:last] - start).numpy()
+        np.take(file, wanted, axis=0, out=out[first:last], mode="clip")
 
 
 def _bits(rows: Tensor) -> np.ndarray:
