@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsae.data.prefetch import Prefetched
 from fastsae.data.shards import ActivationShards
 
-WINDOW_ROWS = 262_144
+WINDOW_ROWS = 131_072
 """Rows that are shuffled together by default."""
 BATCHES_AHEAD = 4
 
