@@ -30,8 +30,8 @@ from bench.measure import Run, interleaved, peak_extra_bytes, quantiles
 from bench.record import append
 from fastsae import TopKConfig, TrainConfig, Trainer
 from fastsae.data import LanguageModel, capture, load_language_model, resid_hook_name, resolve_hook
-from fastsae.data.activations import default_batch_contexts
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
+from fastsae.data.model_rows import default_batch_contexts
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards, Shard, read_index
 

@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastsae.data.hooks import HookPoint, capture, d_at
+from fastsae.data.hooks import HookPoint, d_at
 from fastsae.data.language_model import LanguageModel
+from fastsae.data.model_rows import (
+    BadRow,
+    KeptRows,
+    ModelRows,
+    RowRules,
+    TokenBatch,
+    default_batch_contexts,
+    row_norms,
+)
+from fastsae.data.tokens import BEGINNING
 
 _log = logging.getLogger(__name__)
-
-CALIBRATION_ROWS = 8192
-"""Rows that decide the median norm; more change it by less than a percent."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,6 @@ class Activations:
         return self.row_filter.norm_limit
 
 
-def row_norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
-    """Euclidean norm of each row, accumulated in float32."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
 def harvest(
     lm: LanguageModel,
     hook: HookPoint,
@@ -97,51 +99,26 @@ def harvest(
         ValueError: tokens of a wrong shape or outside the vocabulary; NaN or inf in an
             activation.
     """
-    _check(lm, tokens, batch_contexts, skip_first, massive_multiple)
+    _check(tokens, batch_contexts, skip_first, massive_multiple)
     n, length = tokens.shape
     step = batch_contexts or default_batch_contexts(lm.device, length)
-    calibration = min(n, math.ceil(CALIBRATION_ROWS / (length - skip_first)))
+    rules = RowRules(skip_first, massive_multiple=massive_multiple)
+    passes = ModelRows(lm, [hook], rules, device=device or lm.device)
     gathered = _Gathered(lm, hook, tokens, skip_first, dtype, device)
-
-    held: list[tuple[int, Tensor]] = []
-    row_filter: RowFilter | None = None
-    median = math.nan
-    for start, x in _captured(lm, hook, tokens, step):
-        held.append((start, x))
-        if row_filter is None and start + len(x) >= calibration:
-            norms = torch.cat([row_norms(part[:, skip_first:]) for _, part in held])
-            median = norms[:calibration].median().item()
-            row_filter = RowFilter(skip_first, massive_multiple * median)
-        if row_filter is not None:
-            for first_context, part in held:
-                gathered.add(part, row_filter, first_context)
-            held.clear()
-        if progress is not None:
-            progress((start + len(x)) * length, n * length)
-    assert row_filter is not None
-    return gathered.finish(row_filter, median)
-
-
-def default_batch_contexts(device: torch.device, length: int) -> int:
-    """Contexts per forward pass: enough rows for fast products, few enough to stay in cache."""
-    return max(1, (2048 if device.type == "cpu" else 65536) // length)
-
-
-def _captured(
-    lm: LanguageModel, hook: HookPoint, tokens: Tensor, step: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Batches of finite activations [<= step, L, D], each with the index of its first context."""
-    for start in range(0, len(tokens), step):
-        x = capture(lm, hook, tokens[start : start + step])
-        bad = ~torch.isfinite(row_norms(x))
-        if bad.any():
-            context, position = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"activations at {hook.name} must be finite, got NaN or inf in context "
-                f"{start + context} at position {position}; check the weights, or load the model "
-                "with a dtype of wider range"
-            )
-        yield start, x
+    n_contexts = 0
+    try:
+        for part in passes(TokenBatch(some, BEGINNING) for some in tokens.cpu().split(step)):
+            gathered.add(part, n_contexts)
+            n_contexts += len(part.tokens)
+            if progress is not None:
+                progress(n_contexts * length, n * length)
+    except BadRow as bad:
+        raise ValueError(
+            f"{bad}; check the weights, or load the model with a dtype of wider range"
+        ) from bad
+    assert passes.median_norms is not None
+    row_filter = RowFilter(skip_first, passes.norm_limits[0])
+    return gathered.finish(row_filter, passes.median_norms[0])
 
 
 class _Gathered:
@@ -166,17 +143,16 @@ class _Gathered:
         self.excluded: list[Tensor] = []
         self.n = 0
 
-    def add(self, x: Tensor, row_filter: RowFilter, first_context: int) -> None:
-        keep = row_filter.keep(x)
-        kept, end = x[keep], self.n + int(keep.sum())
+    def add(self, part: KeptRows, first_context: int) -> None:
+        (kept,), (others,) = part.rows, part.others
+        end = self.n + len(kept)
         largest = kept.abs().amax().item() if len(kept) else 0.0
         if largest > torch.finfo(self.rows.dtype).max:
-            self._widen(torch.promote_types(x.dtype, torch.float32), largest)
+            self._widen(torch.promote_types(kept.dtype, torch.float32), largest)
         self.rows[self.n : end].copy_(kept)
-        context, position = keep.nonzero(as_tuple=True)
-        self.where[0, self.n : end].copy_(context + first_context)
-        self.where[1, self.n : end].copy_(position)
-        self.excluded.append(x[~keep].to(self.rows.device))
+        self.where[0, self.n : end].copy_(part.context + first_context)
+        self.where[1, self.n : end].copy_(part.position)
+        self.excluded.append(others)
         self.n = end
 
     def _widen(self, dtype: torch.dtype, largest: float) -> None:
@@ -208,7 +184,6 @@ class _Gathered:
 
 
 def _check(
-    lm: LanguageModel,
     tokens: Tensor,
     batch_contexts: int | None,
     skip_first: int,
@@ -218,7 +193,6 @@ def _check(
         raise ValueError(f"tokens must have the shape [n, L], got {list(tokens.shape)}")
     if tokens.is_floating_point():
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
-    check_tokens(lm, tokens)
     if batch_contexts is not None and batch_contexts < 1:
         raise ValueError(f"batch_contexts must be at least 1, got {batch_contexts}")
     if not 0 <= skip_first < tokens.shape[1]:
@@ -227,18 +201,3 @@ def _check(
         )
     if not massive_multiple > 1:
         raise ValueError(f"massive_multiple must be more than 1, got {massive_multiple}")
-
-
-def check_tokens(lm: LanguageModel, tokens: Int[Tensor, "n L"]) -> None:
-    """Raise ValueError for contexts longer than the model's, and for tokens it does not know."""
-    if tokens.shape[1] > lm.context_size:
-        raise ValueError(
-            f"tokens must have at most {lm.context_size} positions for {lm.name}, "
-            f"got {tokens.shape[1]}; tokenize with a smaller context_size"
-        )
-    low, high = tokens.min().item(), tokens.max().item()
-    if low < 0 or high >= lm.vocabulary_size:
-        raise ValueError(
-            f"tokens must be from 0 to {lm.vocabulary_size - 1}, the vocabulary of {lm.name}, "
-            f"got {low} to {high}; tokenize with the model's own tokenizer"
-        )

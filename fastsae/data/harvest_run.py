@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from fastsae.data.activations import default_batch_contexts
 from fastsae.data.hooks import HookPoint, d_at, resid_hook_name, resolve_hook
 from fastsae.data.language_model import LanguageModel, load_language_model
 from fastsae.data.model_rows import (
@@ -27,6 +26,7 @@ from fastsae.data.model_rows import (
     ModelRows,
     NonFinite,
     RowRules,
+    default_batch_contexts,
     token_batches,
 )
 from fastsae.data.prefetch import Prefetched

@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastsae.data.activations import CALIBRATION_ROWS, check_tokens, row_norms
 from fastsae.data.hooks import HookPoint, capture_all
 from fastsae.data.language_model import LanguageModel
 from fastsae.data.tokens import Context, Place
 
 _log = logging.getLogger(__name__)
+
+CALIBRATION_ROWS = 8192
+"""Rows that decide the median norm; more change it by less than a percent."""
 
 NonFinite = Literal["stop", "skip"]
 
@@ -52,10 +54,12 @@ class TokenBatch(NamedTuple):
 
 
 class KeptRows(NamedTuple):
-    """Of one pass of the model, on the host."""
+    """Of one pass of the model."""
 
     rows: tuple[Float[Tensor, "m _"], ...]
     """One tensor a hook; row i is the same token in each."""
+    others: tuple[Float[Tensor, "r _"], ...]
+    """The rows that are left out, likewise."""
     context: Int[Tensor, " m"]
     """Within the batch."""
     position: Int[Tensor, " m"]
@@ -72,6 +76,16 @@ class _Landing(NamedTuple):
     largest: Float[Tensor, "hooks n L"]
     batch: TokenBatch
     landed: Callable[[], object]
+
+
+def row_norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    """Euclidean norm of each row, accumulated in float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def default_batch_contexts(device: torch.device, length: int) -> int:
+    """Contexts per forward pass: enough rows for fast products, few enough to stay in cache."""
+    return max(1, (2048 if device.type == "cpu" else 65536) // length)
 
 
 def token_batches(contexts: Iterable[Context], n: int) -> Iterator[TokenBatch]:
@@ -91,6 +105,7 @@ class ModelRows:
 
     Args:
         dtype: of the rows; None: the model's own.
+        device: where the rows land.
         median_norms: of each hook, to go on with; None: found in the first pass.
     """
 
@@ -101,6 +116,7 @@ class ModelRows:
         rules: RowRules,
         *,
         dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
         median_norms: Sequence[float] | None = None,
     ) -> None:
         if rules.massive_multiple is not None and not rules.massive_multiple > 1:
@@ -110,7 +126,7 @@ class ModelRows:
         if rules.skip_first < 0:
             raise ValueError(f"skip_first must be at least 0, got {rules.skip_first}")
         self.lm, self.hooks, self.rules = lm, list(hooks), rules
-        self.dtype = dtype or lm.model.dtype
+        self.dtype, self.device = dtype or lm.model.dtype, device
         self.median_norms = None if median_norms is None else list(median_norms)
         self._dropped = torch.tensor(sorted(rules.dropped_tokens), dtype=torch.long)
 
@@ -153,7 +169,7 @@ class ModelRows:
         norms = torch.stack([row_norms(x) for x in found])
         largest = torch.stack([torch.linalg.vector_norm(x, torch.inf, -1).float() for x in found])
         to_host = lambda x: x.to("cpu", non_blocking=x.is_cuda)
-        rows = [to_host(x.to(self.dtype)) for x in found]
+        rows = [x.to(self.dtype).to(self.device, non_blocking=x.is_cuda) for x in found]
         landing = _Landing(rows, to_host(norms), to_host(largest), batch, lambda: None)
         if norms.is_cuda:
             event = torch.cuda.Event()
@@ -193,7 +209,7 @@ class ModelRows:
         limits = torch.tensor(self.norm_limits, dtype=landing.norms.dtype)[:, None, None]
         light = (landing.norms <= limits) | ~finite
         keep = wanted & light.all(0) & finite.all(0)
-        bad = wanted & ~finite.all(0)
+        bad = ~finite.all(0)
         if bad.any():
             self._refuse_or_skip(landing, finite, bad, keep, contexts, rows)
         held = torch.finfo(self.dtype).max
@@ -207,14 +223,18 @@ class ModelRows:
                 *self._place(context, position, keep, contexts, rows),
             )
         context, position = keep.nonzero(as_tuple=True)
-        flat = keep.flatten().nonzero().squeeze(1)
         left_out = {
             "first_or_special": int((~wanted).sum()),
             "massive": int((wanted & finite.all(0) & ~light.all(0)).sum()),
-            "nonfinite": int(bad.sum()),
+            "nonfinite": int((wanted & bad).sum()),
         }
-        taken = tuple(x.flatten(0, 1).index_select(0, flat) for x in landing.rows)
-        return KeptRows(taken, context, position, tokens, left_out, landing.batch.end)
+        kept, others = (self._rows_where(chosen, landing.rows) for chosen in (keep, ~keep))
+        return KeptRows(kept, others, context, position, tokens, left_out, landing.batch.end)
+
+    @staticmethod
+    def _rows_where(chosen: Bool[Tensor, "n L"], rows: list[Tensor]) -> tuple[Tensor, ...]:
+        flat = chosen.flatten().nonzero().squeeze(1)
+        return tuple(x.flatten(0, 1).index_select(0, flat.to(x.device)) for x in rows)
 
     def _refuse_or_skip(
         self,
@@ -241,3 +261,18 @@ class ModelRows:
     ) -> tuple[int, int, int]:
         before = int(keep[:context].sum()) + int(keep[context, :position].sum())
         return contexts + context, position, rows + before
+
+
+def check_tokens(lm: LanguageModel, tokens: Int[Tensor, "n L"]) -> None:
+    """Raise ValueError for contexts longer than the model's, and for tokens it does not know."""
+    if tokens.shape[1] > lm.context_size:
+        raise ValueError(
+            f"tokens must have at most {lm.context_size} positions for {lm.name}, "
+            f"got {tokens.shape[1]}; tokenize with a smaller context_size"
+        )
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= lm.vocabulary_size:
+        raise ValueError(
+            f"tokens must be from 0 to {lm.vocabulary_size - 1}, the vocabulary of {lm.name}, "
+            f"got {low} to {high}; tokenize with the model's own tokenizer"
+        )

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsae.data.activations import default_batch_contexts
 from fastsae.data.hooks import HookPoint, d_at
 from fastsae.data.language_model import LanguageModel
-from fastsae.data.model_rows import ModelRows, RowRules, token_batches
+from fastsae.data.model_rows import ModelRows, RowRules, default_batch_contexts, token_batches
 from fastsae.data.prefetch import Prefetched
 from fastsae.data.text import Text
 from fastsae.data.tokens import token_contexts
