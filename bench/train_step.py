@@ -171,7 +171,7 @@ def _peak(step: Step, x: Tensor) -> int:
 def summary(ms: dict[str, float]) -> str:
     """How often each peer's step holds ours, and SAELens's the accelerated one."""
     ratios = [f"{ms[p] / ms['fastsae']:.2f} x over {p}" for p in PEERS[1:] if p in ms]
-    said = f"fastsae: {', '.join(ratios)}"
+    said = f"fastsae: {', '.join(ratios) or 'no other library is here to compare with'}"
     if {"sae-lens", "sae-lens-accelerated"} <= ms.keys():
         said += f"; accelerated SAELens: {ms['sae-lens'] / ms['sae-lens-accelerated']:.2f} x"
     return said

@@ -174,9 +174,8 @@ def harvest_rows(run: HarvestRun) -> None:
     n_bytes = sum(shard.n_bytes for shard in index.shards)
     widths = ", ".join(f"{hook} [{index.rows}, {d}]" for hook, d in index.widths.items())
     print(f"{index.dtype} rows of {index.contexts * run.context_size} tokens: {widths}")
-    print(
-        f"{len(index.shards)} shards, {n_bytes / 1e9:.3g} GB; fastsae train --activations {run.out}"
-    )
+    print(f"{len(index.shards)} shards, {n_bytes / 1e9:.3g} GB")
+    print(f"fastsae train --activations {run.out} --hook {next(iter(index.widths))}")
 
 
 def plot(args: Plot) -> None:
