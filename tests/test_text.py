@@ -122,7 +122,8 @@ def test_empty_dataset_is_refused(tmp_path: Path, content: str):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/rows", "rows.parquet", "./rows"])
-def test_path_to_nothing_is_refused(name: str):
+def test_path_to_nothing_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # what lies where the tests are started is no part of them
     with pytest.raises(FileNotFoundError, match="^dataset must be a file, a folder or a hub name"):
         load_text(name)
 
