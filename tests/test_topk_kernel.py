@@ -198,6 +198,13 @@ def test_one_row_a_program_as_on_a_gpu(monkeypatch):
         check_exact(scores, encode_scores(scores, k))
 
 
+def test_free_slots_stay_in_their_row():
+    """Rows whose entries are still to be found, before rows that have all of theirs."""
+    scores = families(1100)
+    for order in (torch.arange(16), torch.tensor([12, 13] * 8)):
+        check_exact(scores[order], encode_scores(scores[order], 17))
+
+
 def test_rows_of_few_groups_are_left_to_eager(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(kernel, "select_topk", None)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bench.cases import Start
@@ -44,3 +45,8 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def half(x: Tensor) -> torch.autocast:
+    """bf16 products on a GPU, as every library recommends there; no change on a CPU."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)

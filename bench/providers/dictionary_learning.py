@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Start
-from bench.providers.base import LR, Step, quiet
+from bench.providers.base import LR, Step, half, quiet
 
 
 def dictionary_learning_step(start: Start) -> Step:
@@ -37,9 +37,11 @@ def dictionary_learning_step(start: Start) -> Step:
     def step(x: Tensor) -> float:
         if start.dead is not None:
             trainer.num_tokens_since_fired.masked_fill_(start.dead, 2 * 10**7)
-        with torch.no_grad():  # for the parity check: its loss weights AuxK otherwise
+        x = x.bfloat16() if x.is_cuda else x  # as its training loop does
+        with torch.no_grad(), half(x):  # for the parity check: its loss weights AuxK otherwise
             mse = (trainer.ae(x) - x).square().sum(-1).mean() if start.dead is not None else None
-        loss = trainer.update(next(steps), x)
+        with half(x):
+            loss = trainer.update(next(steps), x)
         return float(loss if mse is None else mse)
 
     return step

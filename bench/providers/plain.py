@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Start
-from bench.providers.base import LR, Step
+from bench.providers.base import LR, Step, half
 
 
 def plain_step(start: Start) -> Step:
@@ -21,9 +21,10 @@ def plain_step(start: Start) -> Step:
 
     def step(x: Tensor) -> float:
         norms = W_dec.detach().norm(dim=1)
-        h = torch.addmm(b_enc, x - b_dec, W_enc)
+        with half(x):
+            h = torch.addmm(b_enc, x - b_dec, W_enc)
         indices = (h.detach() * norms).topk(case.K, dim=1, sorted=False).indices
-        acts = h.gather(1, indices).relu()
+        acts = h.gather(1, indices).relu().float()
         x_hat = F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
         mse = (x_hat - x).square().sum(1).mean()
         optimizer.zero_grad()

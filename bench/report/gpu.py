@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bench.report.rows import Row, table, where
+from bench.report.rows import Row, by_device, table, timed, where
 
 TABLES = {
     "gpu_step": {
@@ -12,6 +12,14 @@ TABLES = {
         "floor_ms": "floor ms",
         "over_floor": "over floor",
         "over_ours": "over fastsae",
+    },
+    "train_step": {
+        "case": "case",
+        "provider": "trainer",
+        "ms_p50": "median ms",
+        "over_fastsae": "over fastsae",
+        "roofline": "share of the roofline",
+        "peak_mib": "temporary MiB",
     },
     "gpu_encode": {
         "case": "case",
@@ -37,16 +45,25 @@ def gpu_lines(rows: list[Row], picture: Callable[[str], list[str]] = lambda _: [
         return []
     lines = ["", "## On a GPU", "", "`python -m bench.gpu_check`: times are device times. The"]
     lines += ["floor of a step is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
-    lines += ["at the bandwidth of a copy, and one gather, all measured in the same run."]
+    lines += ["at the bandwidth of a copy, and one gather, all measured in the same run. Trainers"]
+    lines += ["are compared by `python -m bench.train_step --device cuda`, with what each of them"]
+    lines += ["does on the host."]
+    lines += picture("gpu")
+    for mine in by_device(rows):
+        lines += ["", f"### {mine[0]['device']}", *_device_lines(mine), "", where(mine)]
+    return lines
+
+
+def _device_lines(rows: list[Row]) -> list[str]:
+    lines: list[str] = []
     checks = {r["check"]: r for r in rows if r["bench"] == "gpu_check"}
     if checks:
         passed = sum(r["passed"] for r in checks.values())
         lines += ["", f"{passed} of {len(checks)} checks passed."]
         lines += [f"Failed: {name}." for name, r in checks.items() if not r["passed"]]
-    lines += picture("gpu")
     for bench, columns in TABLES.items():
         keys = ("case", "op", "provider")
-        mine = {tuple(r.get(k) for k in keys): r for r in rows if r["bench"] == bench}
+        mine = {tuple(r.get(k) for k in keys): r for r in timed(rows) if r["bench"] == bench}
         if mine:
             lines += ["", *table(mine.values(), columns)]
-    return [*lines, "", where(rows)]
+    return lines

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from bench.quality import Setting
 from bench.quality import report as quality_table
 from bench.report.gpu import gpu_lines
-from bench.report.rows import Row, failures, newest, of, table, timed, where
+from bench.report.rows import Row, by_device, failures, newest, of, table, timed, where
 from bench.scaling import fit
 
 RUN = ("bench", "case", "dead", "usage")
@@ -180,22 +180,13 @@ def readme_lines(cpu: list[Row], gpu: list[Row]) -> list[str]:
     rows = [row for row in rows if row.get("usage", "uniform") == "uniform"]
     if not rows:
         return []
-    # One machine a table: milliseconds of two say nothing beside each other.
-    device = max(rows, key=lambda row: row["date"])["device"]
-    rows = [row for row in rows if row["device"] == device]
-    heads = {f"{r['case']}{r['dead']}": _head(r) for r in rows}
-    lines = []
-    for provider, name in NAMES.items():
-        line: Row = {"provider": name}
-        for r in rows:
-            if r["provider"] == provider:
-                line[f"{r['case']}{r['dead']}"] = f"{r['ms_p50']:.0f} ms ({r['over_fastsae']:.2f}x)"
-        if len(line) > 1:
-            lines.append(line)
-    said = f"Times in milliseconds, and as multiples of ours. {where(rows)}."
-    found = [*table(lines, {"provider": "one training step", **heads}), "", said]
+    found = _trainers(by_device(rows)[0])
+    on_gpu = timed(of(gpu, "train_step"))
+    if on_gpu:
+        found += ["", *_trainers(by_device(on_gpu)[0])]
     steps = [r for r in of(gpu, "gpu_step") if r["provider"] in GPU_NAMES]
     if steps:
+        steps = by_device(steps)[0]
         columns = {"provider": "one training step, B=8192, K=64"}
         for r in steps:
             columns[r["case"]] = f"D={r['D']}, F={r['F']:,}"
@@ -207,6 +198,25 @@ def readme_lines(cpu: list[Row], gpu: list[Row]) -> list[str]:
         found += ["The floor is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
         found += [f"and one gather, measured in the same run. {where(steps)}."]
     return found
+
+
+def _trainers(rows: list[Row]) -> list[str]:
+    heads = {f"{r['case']}{r['dead']}": _head(r) for r in rows}
+    lines = []
+    for provider, name in NAMES.items():
+        line: Row = {"provider": name}
+        for r in rows:
+            if r["provider"] == provider:
+                line[f"{r['case']}{r['dead']}"] = _ms(r)
+        if len(line) > 1:
+            lines.append(line)
+    said = f"Times in milliseconds, and as multiples of ours. {where(rows)}."
+    return [*table(lines, {"provider": "one training step", **heads}), "", said]
+
+
+def _ms(r: Row) -> str:
+    digits = 0 if r["ms_p50"] >= 100 else 1
+    return f"{r['ms_p50']:.{digits}f} ms ({r['over_fastsae']:.2f}x)"
 
 
 GPU_NAMES = {

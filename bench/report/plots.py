@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from bench.report.rows import Row, digest, newest, of, timed
+from bench.report.rows import Row, by_device, digest, newest, of, timed
 from bench.scaling import fit, predicted
 
 matplotlib.use("Agg")
@@ -26,7 +26,7 @@ def draw(folder: Path, cpu: list[Row], gpu: list[Row]) -> list[str]:
         "scaling": (scaling, scaling_curves),
         "memory": ([row for row in scaling if row["axis"] == "F" and "peak_mib" in row], memory),
         "roofline": (ops, roofline_bars),
-        "gpu": (of(gpu, "gpu_step"), gpu_bars),
+        "gpu": (next(iter(by_device(of(gpu, "gpu_step"))), []), gpu_bars),
     }
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []

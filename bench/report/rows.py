@@ -29,6 +29,13 @@ def of(rows: list[Row], bench: str) -> list[Row]:
     return [row for row in rows if row["bench"] == bench]
 
 
+def by_device(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each machine, the one measured last first: times of two do not compare."""
+    last = {row["device"]: row["date"] for row in sorted(rows, key=lambda row: row["date"])}
+    devices = sorted(last, key=lambda device: last[device], reverse=True)
+    return [[row for row in rows if row["device"] == device] for device in devices]
+
+
 def newest(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
     """The rows of the newest run of each combination of `keys`; a run has one date."""
     last = {tuple(row.get(k) for k in keys): row["date"] for row in rows}

@@ -465,7 +465,8 @@ def group_top2(
 
     With a `limit` [F], only the keys of values above their column's count.
     """
-    tile = choose_tile(x, limit is not None)
+    # fp32 weights beside half-precision rows take twice the shared memory of their tile.
+    tile = choose_tile(x, limit is not None or W_enc.element_size() > x.element_size())
     d_in, d_sae = W_enc.shape
     n_column_tiles = -(-d_sae // tile.columns)
     n_groups = n_column_tiles * (tile.columns // size)

@@ -356,7 +356,7 @@ def select_topk(
             BLOCK=block,
             ONE_BLOCK=n_groups <= block,
             STEP=_select_step(block, rows),
-            SLOTS=chunk,
+            SLOTS=FREE_SLOTS,
             SUBSETS=_select_subsets(n_groups, k, signed),
             num_warps=_select_warps(block),
         )
@@ -408,6 +408,9 @@ WARP_GROUPS = 2048
 """Groups whose keys one warp holds in its registers, so that counting them needs no barrier."""
 MOST_RESIDENT = 16384
 """Groups of a row that stay in the registers of one program; more are read again and again."""
+FREE_SLOTS = 16
+"""Free slots of a row that are filled at a time. Blocks of 64 are wrong with Triton 3.6 on an H100:
+a lane then also fills a slot of the next row."""
 INTERPRETED_ROWS = 8
 """Rows that a program sorts or merges in the interpreter, which pays for each program; one on a
 GPU, where more would spill registers."""
@@ -461,7 +464,7 @@ def _select_spec(block: int, default: bool) -> Spec:
             "BLOCK": block,
             "ONE_BLOCK": True,
             "STEP": _select_step(block, rows),
-            "SLOTS": 64,
+            "SLOTS": FREE_SLOTS,
             "SUBSETS": 64,
         },
         _select_warps(block),
