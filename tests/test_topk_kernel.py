@@ -105,7 +105,7 @@ def test_at_most_k_groups_are_open_and_pairs_in_one_part_open_theirs():
     k, F = 12, 800
     scores = families(F)
     rows = torch.eye(len(scores), device=DEVICE)
-    columns = groups.choose_tile(rows, False).columns
+    columns = groups.choose_tile(rows, rows, False).columns
     apart = columns // groups.group_size(F, k) * 2  # two parts a group of 16: every other member
     hidden = 0.5 + 0.4 * torch.rand(F, device=DEVICE)
     hidden[:6] = hidden[apart : apart + 6] = torch.arange(6.0, device=DEVICE) + 2

@@ -38,9 +38,9 @@ def dictionary_learning_step(start: Start) -> Step:
         if start.dead is not None:
             trainer.num_tokens_since_fired.masked_fill_(start.dead, 2 * 10**7)
         x = x.bfloat16() if x.is_cuda else x  # as its training loop does
-        with torch.no_grad(), half(x):  # for the parity check: its loss weights AuxK otherwise
-            mse = (trainer.ae(x) - x).square().sum(-1).mean() if start.dead is not None else None
         with half(x):
+            with torch.no_grad():  # for the parity check: its loss weights AuxK otherwise
+                mse = None if start.dead is None else (trainer.ae(x) - x).square().sum(-1).mean()
             loss = trainer.update(next(steps), x)
         return float(loss if mse is None else mse)
 

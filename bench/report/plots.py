@@ -55,7 +55,7 @@ def step_bars(rows: list[Row]) -> Any:
         bars = axis.barh(names, [r["over_fastsae"] for r in mine], color=_colours(names))
         axis.bar_label(bars, [f" {r['over_fastsae']:.2f}x, {r['ms_p50']:.0f} ms" for r in mine])
         axis.set(xlabel="times fastsae's step", title=f"{case[0]}, {case[1]:.0%} dead, {case[2]}")
-        axis.set_xlim(right=2.1 * axis.get_xlim()[1])
+        axis.set_xlim(right=1.7 * axis.get_xlim()[1])
         axis.invert_yaxis()
     figure.tight_layout()
     return figure

@@ -441,8 +441,12 @@ def affine(b_enc: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return b_enc.float() * scale.float(), scale.float()
 
 
-def choose_tile(x: Tensor, limited: bool) -> Tile:
-    """The tile of a product: the first of the table, or what a lesser GPU has memory for."""
+def choose_tile(x: Tensor, W_enc: Tensor, limited: bool) -> Tile:
+    """The tile of a product: the first of the table, or what a lesser GPU has memory for.
+
+    fp32 weights beside half-precision rows take twice the memory of their part of the tile.
+    """
+    limited = limited or W_enc.element_size() > x.element_size()
     tile = FLOAT_TILES[0] if x.dtype == torch.float32 else HALF_TILES[0]
     if x.dtype != torch.float32 and x.is_cuda:
         if torch.version.hip:
@@ -465,8 +469,7 @@ def group_top2(
 
     With a `limit` [F], only the keys of values above their column's count.
     """
-    # fp32 weights beside half-precision rows take twice the shared memory of their tile.
-    tile = choose_tile(x, limit is not None or W_enc.element_size() > x.element_size())
+    tile = choose_tile(x, W_enc, limit is not None)
     d_in, d_sae = W_enc.shape
     n_column_tiles = -(-d_sae // tile.columns)
     n_groups = n_column_tiles * (tile.columns // size)

@@ -409,8 +409,9 @@ WARP_GROUPS = 2048
 MOST_RESIDENT = 16384
 """Groups of a row that stay in the registers of one program; more are read again and again."""
 FREE_SLOTS = 16
-"""Free slots of a row that are filled at a time. Blocks of 64 are wrong with Triton 3.6 on an H100:
-a lane then also fills a slot of the next row."""
+"""Free slots of a row that are filled at a time. With 64, Triton 3.6 moved the mask [16, 64] to the
+lanes that store wrongly (its pull request 9680 is about such moves), so that rows filled slots of
+the next; [16, 16] is also the shape in which entries are placed."""
 INTERPRETED_ROWS = 8
 """Rows that a program sorts or merges in the interpreter, which pays for each program; one on a
 GPU, where more would spill registers."""
