@@ -8,7 +8,7 @@ from parity import DEVICE, lattice
 
 pytest.importorskip("triton")
 
-from fastsae_kernels.topk import groups, kernel  # noqa: E402
+from fastsae_kernels.topk import groups, kernel, keys  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_hard_rows_are_exact(F, k):
 
 @pytest.mark.parametrize("F", [1024, 1100])
 def test_large_groups_are_exact(F):
-    assert groups.group_size(F, 4) == 64
+    assert keys.group_size(F, 4) == 64
     scores = families(F)
     check_exact(scores, encode_scores(scores, 4))
 
@@ -106,7 +106,7 @@ def test_at_most_k_groups_are_open_and_pairs_in_one_part_open_theirs():
     scores = families(F)
     rows = torch.eye(len(scores), device=DEVICE)
     columns = groups.choose_tile(rows, rows, False).columns
-    apart = columns // groups.group_size(F, k) * 2  # two parts a group of 16: every other member
+    apart = columns // keys.group_size(F, k) * 2  # two parts a group of 16: every other member
     hidden = 0.5 + 0.4 * torch.rand(F, device=DEVICE)
     hidden[:6] = hidden[apart : apart + 6] = torch.arange(6.0, device=DEVICE) + 2
     scores[0] = hidden

@@ -50,7 +50,9 @@ def forced_tile(tile: Any) -> Iterator[None]:
     from fastsae_kernels.topk import groups
 
     chosen = groups.choose_tile
-    groups.choose_tile = lambda x, W_enc, limited: tile._replace(rows=min(tile.rows, padded(len(x))))
+    groups.choose_tile = lambda x, W_enc, limited: tile._replace(
+        rows=min(tile.rows, padded(len(x)))
+    )
     try:
         yield
     finally:

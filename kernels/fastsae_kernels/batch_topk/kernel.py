@@ -14,20 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
-from fastsae_kernels.topk.groups import (
+from fastsae_kernels.topk.groups import Groups, affine, group_top2
+from fastsae_kernels.topk.keys import (
     LOWEST,
-    Groups,
-    affine,
     bound_of,
     column,
     first_member,
     group_size,
-    group_top2,
     member_columns,
-    score_groups,
     second_member,
     values_of,
 )
+from fastsae_kernels.topk.scores import score_groups
 
 
 @jit(do_not_specialize=["n_rows", "n_kept"])

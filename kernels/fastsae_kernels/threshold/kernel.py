@@ -19,18 +19,17 @@ from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
 from fastsae_kernels.code import MOST_ENTRIES
-from fastsae_kernels.topk.groups import (
+from fastsae_kernels.topk.groups import affine, group_top2
+from fastsae_kernels.topk.keys import (
     GROUP_SIZES,
     Layout,
-    affine,
     column,
     first_member,
-    group_top2,
     keys_of,
     member_columns,
-    score_groups,
     values_of,
 )
+from fastsae_kernels.topk.scores import score_groups
 
 DENSE_ABOVE = 1 / 16
 """Share of the groups that may be listed before the dense product takes over."""

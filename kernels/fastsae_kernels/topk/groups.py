@@ -1,10 +1,9 @@
 """Groups of columns and two of their largest keys: what every fused encode is made of.
 
 `_group_top2` is a matrix product whose epilogue keeps, of each row and group of columns, the
-largest key, the largest of the group's other parts, where both were, and a bound of all the rest;
-`_score_groups` scores listed groups again. Keys are int32 in the order of the scores they are made
-of, NaN above all, so that every comparison is exact and total. 12 bytes for each row and group:
-4.7 % of an fp32 [B, F] at groups of 64.
+largest key, the largest of the group's other parts, where both were, and a bound of all the rest:
+12 bytes for each row and group, 4.7 % of an fp32 [B, F] at groups of 64. What listed groups hold
+beside that is scored again (scores.py).
 """
 
 from collections.abc import Iterator
@@ -15,11 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels._triton import UPCAST_DOTS, Spec, device_of, jit, padded
+from fastsae_kernels.topk.keys import GROUP_SIZES, HIGHEST, LOWEST, Layout, keys_from
 
-LOWEST = tl.constexpr(-(2**31))
-"""Below every key: a column that does not exist."""
-HIGHEST = tl.constexpr(2**31 - 1)
-GROUP_SIZES = (64, 32, 16)
 PART_BITS = tl.constexpr(3)
 PART = tl.constexpr(8)
 """Members of a part: a group's two largest keys are those of two of its parts."""
@@ -45,28 +41,6 @@ SMALL_TILE = HALF_TILES[3]
 """For epilogues that need more registers, and GPUs with 100 KB of shared memory."""
 HIP_TILE = Tile(128, 128, 32, 8, 2)
 FLOAT_TILES = (Tile(64, 128, 16, 8, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3))
-
-
-def group_size(d_sae: int, k: int) -> int:
-    """Large groups save memory; four for each latent that is kept are seldom open."""
-    return next((size for size in GROUP_SIZES if d_sae // size >= 4 * k), GROUP_SIZES[-1])
-
-
-@jit
-def keys_from(values, SIGNED: tl.constexpr):
-    """int32 keys in the order of fp32 values, of their ReLU unless SIGNED; NaN above all."""
-    if SIGNED:
-        bits = (values + 0.0).to(tl.int32, bitcast=True)
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        return tl.where(values != values, HIGHEST, ordered)
-    positive = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return positive.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@jit
-def values_from(keys):
-    """The fp32 values of keys."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -309,117 +283,6 @@ def _largest(keys, members, SIZE: tl.constexpr):
     return largest, tl.min(tl.where(keys == largest[:, None, :], members, SIZE), 1)
 
 
-@jit
-def bound_of(rest):
-    return rest & -0x10000
-
-
-@jit
-def first_member(rest):
-    return (rest >> 8) & 0xFF
-
-
-@jit
-def second_member(rest):
-    return rest & 0xFF
-
-
-@jit
-def column(groups, members, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    N: tl.constexpr = COLUMNS // SIZE
-    return groups // N * COLUMNS + members * N + groups % N
-
-
-@jit
-def score(
-    x,
-    W_enc,
-    offset,
-    scale,
-    columns,
-    inside,
-    d_in,
-    stride_d,
-    stride_f,
-    SCALED: tl.constexpr,
-    SIGNED: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Keys of rows `x` [R, 1] (pointers) at `columns` [R, N], where `inside`; LOWEST elsewhere.
-
-    Operands are rounded like those of `_group_top2`.
-    """
-    right = W_enc + columns.to(tl.int64)[:, :, None] * stride_f
-    sums = tl.zeros((columns.shape[0], columns.shape[1], DEPTH), tl.float32)
-    for start in tl.range(0, d_in, DEPTH, num_stages=3):
-        depth = (start + tl.arange(0, DEPTH))[None, :]
-        within = depth < d_in
-        values = tl.load(x + depth, mask=within, other=0.0)
-        weights = tl.load(
-            right + depth.to(tl.int64)[:, None, :] * stride_d,
-            mask=inside[:, :, None] & within[:, None, :],
-            other=0.0,
-        )
-        sums += weights.to(PRODUCT).to(tl.float32) * values.to(tl.float32)[:, None, :]
-    products = tl.sum(sums, 2)
-    if SCALED:
-        products *= tl.load(scale + columns, mask=inside, other=1.0)
-    products += tl.load(offset + columns, mask=inside, other=0.0)
-    return tl.where(inside, keys_from(products, SIGNED), LOWEST)
-
-
-@jit
-def _score_groups(
-    x,
-    W_enc,
-    offset,
-    scale,
-    rows,
-    groups,
-    n_listed,
-    keys,
-    d_in,
-    d_sae,
-    stride_x,
-    stride_d,
-    stride_f,
-    SCALED: tl.constexpr,
-    SIGNED: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    members = tl.arange(0, SIZE)[None, :]
-    for number in range(tl.program_id(0), tl.load(n_listed), tl.num_programs(0)):
-        row = tl.load(rows + number).to(tl.int64)
-        columns = column(tl.load(groups + number), members, SIZE, COLUMNS)
-        found = score(
-            x + row * stride_x + tl.zeros((1, 1), tl.int32),
-            W_enc,
-            offset,
-            scale,
-            columns,
-            columns < d_sae,
-            d_in,
-            stride_d,
-            stride_f,
-            SCALED,
-            SIGNED,
-            PRODUCT,
-            DEPTH,
-        )
-        tl.store(keys + (tl.zeros((1, 1), tl.int64) + number) * SIZE + members, found)
-
-
-class Layout(NamedTuple):
-    """Which columns make a group: `columns` of a tile, every (columns / size)th of them."""
-
-    columns: int
-    size: int
-
-
 class Groups(NamedTuple):
     """What the first launch leaves of each row and group of columns."""
 
@@ -520,72 +383,8 @@ def group_top2(
     return Groups(first_keys, second_keys, rest, Layout(tile.columns, size))
 
 
-def score_groups(
-    x: Tensor,
-    W_enc: Tensor,
-    offset: Tensor,
-    scale: Tensor | None,
-    signed: bool,
-    layout: Layout,
-    rows: Tensor,
-    groups: Tensor,
-    n_listed: Tensor,
-    keys: Tensor,
-) -> None:
-    """Write the keys of the first `n_listed` (row, group) pairs to `keys` [n, SIZE] int32.
-
-    Columns that do not exist get the lowest key; pairs beyond are not written.
-    """
-    if len(rows) == 0:
-        return
-    with device_of(x):
-        _score_groups[(min(len(rows), SCORING_PROGRAMS),)](
-            x,
-            W_enc,
-            offset,
-            offset if scale is None else scale,
-            rows,
-            groups,
-            n_listed,
-            keys,
-            *W_enc.shape,
-            x.stride(0),
-            W_enc.stride(0),
-            W_enc.stride(1),
-            SCALED=scale is not None,
-            SIGNED=signed,
-            PRODUCT=TRITON_TYPES[x.dtype],
-            SIZE=layout.size,
-            COLUMNS=layout.columns,
-            DEPTH=4096 // layout.size,
-            num_warps=4,
-        )
-
-
-def member_columns(groups: Tensor, layout: Layout) -> Tensor:
-    """[n, SIZE] int64: the columns that are members of `groups` [n]."""
-    per_tile = layout.columns // layout.size
-    members = torch.arange(layout.size, device=groups.device) * per_tile
-    first = groups.long() // per_tile * layout.columns + groups.long() % per_tile
-    return first[:, None] + members
-
-
-def keys_of(values: Tensor) -> Tensor:
-    """The int32 keys of fp32 values."""
-    bits = values.view(torch.int32)
-    return torch.where(values.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & (2**31 - 1)))
-
-
-def values_of(keys: Tensor) -> Tensor:
-    """The fp32 values of int32 keys."""
-    return (keys ^ ((keys >> 31) & (2**31 - 1))).view(torch.float32)
-
-
 BAND = 16
 """Row tiles whose operands are read again while they are in L2."""
-SCORING_PROGRAMS = 2048
-"""How many groups are listed only the device knows: so many programs share them."""
-TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def _takes_descriptors(x: Tensor, W_enc: Tensor) -> bool:
@@ -645,25 +444,6 @@ def _group_top2_spec(
     )
 
 
-def _score_spec(dtype: str) -> Spec:
-    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
-    pointers |= {"rows": "*i32", "groups": "*i32", "n_listed": "*i32", "keys": "*i32"}
-    return Spec(
-        f"topk.score_groups[{dtype}]",
-        _score_groups,
-        {**pointers, **dict.fromkeys(("d_in", "d_sae", "stride_x", "stride_f"), "i32")},
-        {
-            "stride_d": 1,
-            "SCALED": True,
-            "SIGNED": False,
-            "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
-            "SIZE": 64,
-            "COLUMNS": 256,
-            "DEPTH": 64,
-        },
-    )
-
-
 def specs() -> Iterator[Spec]:
     for dtype, tiles in (("bf16", HALF_TILES), ("fp32", FLOAT_TILES)):
         for number, tile in enumerate(tiles):
@@ -679,5 +459,4 @@ def specs() -> Iterator[Spec]:
             dtype, tile, 64, False, True, EVEN=False, SIGNED=True, LIMITED=True
         )
         yield limits._replace(name=f"{limits.name}, limits")
-        yield _score_spec(dtype)
     yield _group_top2_spec("bf16", HIP_TILE, 64, False, True)

@@ -23,22 +23,21 @@ from torch import Tensor
 
 from fastsae_kernels._dispatch import interpreted
 from fastsae_kernels._triton import Spec, device_of, jit, padded
-from fastsae_kernels.topk.groups import (
+from fastsae_kernels.topk.groups import affine, group_top2
+from fastsae_kernels.topk.groups import specs as group_specs
+from fastsae_kernels.topk.keys import (
     GROUP_SIZES,
     HIGHEST,
     LOWEST,
-    TRITON_TYPES,
-    affine,
     bound_of,
     column,
     first_member,
     group_size,
-    group_top2,
-    score,
     second_member,
     values_from,
 )
-from fastsae_kernels.topk.groups import specs as group_specs
+from fastsae_kernels.topk.scores import TRITON_TYPES, score
+from fastsae_kernels.topk.scores import specs as score_specs
 
 NO_ENTRY = tl.constexpr(-(2**63))
 
@@ -440,6 +439,7 @@ def _select_subsets(n_groups: int, k: int, signed: bool) -> int:
 
 def specs() -> Iterator[Spec]:
     yield from group_specs()
+    yield from score_specs()
     for dtype in ("bf16", "fp32"):
         for k in (16, 64):
             for size in GROUP_SIZES:
