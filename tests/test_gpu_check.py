@@ -130,6 +130,17 @@ def test_the_page_shows_the_newest_figures_of_a_gpu():
     assert gpu_lines([]) == []
 
 
+def test_each_gpu_has_tables_of_its_own():
+    shared = {"threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
+    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", "over_floor": 1.25, **shared}
+    old = {**step, "device": "old", "date": "2026-01-01T00:00:00Z", "ms": 7.0}
+    new = {**step, "device": "new", "date": "2026-01-02T00:00:00Z", "ms": 5.0}
+    text = "\n".join(gpu_lines([new, old]))
+    first, second = text.split("### new")[1].split("### old")
+    assert "| 5.0 |" in first and "| 7.0 |" not in first
+    assert "| 7.0 |" in second and "| 5.0 |" not in second
+
+
 def test_the_gpu_run_fits_its_eight_minutes():
     timed = sum(part.budget for part in gpu_check.PARTS.values() if part.timed)
     untimed = [part.budget for part in gpu_check.PARTS.values() if not part.timed]

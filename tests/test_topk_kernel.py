@@ -171,6 +171,14 @@ def test_half_precision_selects_by_fp32_sums(dtype):
     check_exact(x.float() @ weight.float() + bias, code)
 
 
+def test_fp32_weights_beside_rows_in_half_precision():
+    """As many rows as the largest tile has: both operands of it must fit into shared memory."""
+    x, weight = lattice(128, 24).bfloat16(), lattice(24, 300).float()
+    bias = torch.randperm(300, device=DEVICE).float() * 2.0**-18
+    code = topk_encode(x, weight.t().contiguous().t(), bias, 7, impl=Impl.TRITON)
+    check_exact(x.float() @ weight + bias, code)
+
+
 def test_strides_and_a_cheaper_copy_of_the_weights():
     x, weight = lattice(5, 24).float(), lattice(24, 300).float()
     bias = torch.randperm(300, device=DEVICE).float() * 2.0**-18
