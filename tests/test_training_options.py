@@ -261,7 +261,7 @@ class TestLegacyLoss:
         x, dead = ROWS.batch(0) - 2, torch.arange(F) < 9
         found = sae.loss(x, dead)
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-        ghost = ghost_loss(pre[:, :9], sae.W_dec[:9], found.err) / len(x)
+        ghost = ghost_loss(pre[:, :9].exp() @ sae.W_dec[:9], found.err) / len(x)
         assert relative_error(found.total, self.legacy(sae, x, False) + ghost) < 1e-5
 
     def test_it_is_used_and_saved_as_a_standard_sae(self, tmp_path):

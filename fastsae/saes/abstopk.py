@@ -29,13 +29,13 @@ class AbsTopKSAE(TopKSAE):
         A row with less than k entries other than 0 is filled up with acts of 0, at latents that may
         repeat.
         """
-        b_pre = self.b_pre
+        b_pre, k = self.b_pre, min(self.cfg.k, len(self.latents))
         signed = [
             topk_encode(
                 sign * x,
                 self.W_enc,
                 sign * self.b_enc,
-                self.cfg.k,
+                k,
                 b_pre=None if b_pre is None else sign * b_pre,
                 scale=scale,
                 W_compute=self.compute_copies.get("W_enc"),
@@ -45,6 +45,9 @@ class AbsTopKSAE(TopKSAE):
         ]
         sizes = torch.cat([code.acts for code in signed], dim=-1)
         indices = torch.cat([code.indices for code in signed], dim=-1)
-        sizes, order = sizes.topk(self.cfg.k, dim=-1)
-        sign = torch.where(order < self.cfg.k, 1, -1)
+        sizes, order = sizes.topk(k, dim=-1)
+        if self.shards is not None:
+            width = min(self.cfg.k, self.shards.widest)
+            sizes = torch.where(self.shards.keep_topk(sizes.detach(), self.cfg.k, width), sizes, 0)
+        sign = torch.where(order < k, 1, -1)
         return SparseCode(sizes * sign, indices.gather(-1, order))

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fastsae.saes.metadata import Metadata
+from fastsae.saes.sharding import Sharding
 from fastsae_kernels import MSEL1, Impl, RaggedCode, SparseCode, mse_l1_loss, sparse_decode
 
 Normalization = Literal[
@@ -28,6 +29,9 @@ Normalization = Literal[
 Reshaping = Literal["none", "hook_z"]
 RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
+
+INITIAL_BLOCK = 8192
+"""Latents whose initial rows are drawn at once."""
 
 T = TypeVar("T", bound="SAE")
 
@@ -148,15 +152,33 @@ class SAE(nn.Module, ABC):
 
     W_enc has one latent contiguous (strides (1, D)): its shape is what every tool expects, its
     memory is one row a latent. `impl` picks the implementation of the ops at each call.
+
+    Args:
+        shards: where this object is one shard of a dictionary: the parameters that have a latent
+            axis hold `latents` only, codes count from the first of them, and losses are those of
+            the whole dictionary. None: all latents are here.
     """
 
     config_class: ClassVar[type[SAEConfig]]
     cfg: SAEConfig
     impl: Impl | str = Impl.AUTO
+    WITHOUT_LATENT_AXIS: ClassVar[tuple[str, ...]] = ("b_dec", "W_skip", "topk_threshold")
+    """Names in the state that a shard has whole."""
+    splits_by_latent: ClassVar[bool] = True
+    """Whether its loss can be computed by shards."""
 
-    def __init__(self, cfg: SAEConfig, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        cfg: SAEConfig,
+        *,
+        device: torch.device | str = "cpu",
+        shards: Sharding | None = None,
+    ) -> None:
         super().__init__()
         self.cfg = cfg
+        self.shards = shards
+        self.latents = range(cfg.d_sae) if shards is None else shards.latents
+        """Those that this object holds."""
         self._make_parameters(getattr(torch, cfg.dtype), torch.device(device))
         self.compute_copies: dict[str, Tensor] = {}
         """W_enc and W_dec in the dtype of the products, kept up to date by whoever trains."""
@@ -167,13 +189,24 @@ class SAE(nn.Module, ABC):
         W_dec = self._initial_rows(self.cfg.d_out, device)
         self.W_dec = nn.Parameter(W_dec.to(dtype))
         self.W_enc = nn.Parameter(W_dec.to(dtype).clone().t())
-        self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=dtype, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(len(self.latents), dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_out, dtype=dtype, device=device))
 
     def _initial_rows(self, width: int, device: torch.device) -> Float[Tensor, "F width"]:
-        """Random directions of norm `decoder_init_norm`, one a latent."""
-        rows = torch.empty(self.cfg.d_sae, width, device=device)
-        nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+        """Random directions of norm `decoder_init_norm`, one a latent.
+
+        Drawn in blocks, those of other shards' latents too: a latent starts in the same direction
+        wherever it is held.
+        """
+        rows = torch.empty(len(self.latents), width, device=device)
+        for start in range(0, self.cfg.d_sae, INITIAL_BLOCK):
+            stop = min(start + INITIAL_BLOCK, self.cfg.d_sae)
+            drawn = torch.empty(stop - start, width, device=device)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+            here = range(max(start, self.latents.start), min(stop, self.latents.stop))
+            if here:
+                first = here.start - self.latents.start
+                rows[first : first + len(here)] = drawn[here.start - start : here.stop - start]
         return rows.mul_(self.cfg.decoder_init_norm / rows.norm(dim=1, keepdim=True))
 
     @abstractmethod
@@ -246,7 +279,20 @@ class SAE(nn.Module, ABC):
     @property
     def b_pre(self) -> Tensor | None:
         """What the encoder subtracts from its input."""
-        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+        return self._shared(self.b_dec) if self.cfg.apply_b_dec_to_input else None
+
+    def _shared(self, parameter: Tensor) -> Tensor:
+        """A parameter without a latent axis, where it is used for each latent."""
+        return parameter if self.shards is None else self.shards.shared(parameter)
+
+    def _over_latents(self, part: Tensor) -> Tensor:
+        """A sum over latents, from that over the latents held here."""
+        return part if self.shards is None else self.shards.total(part)
+
+    @property
+    def widest_shard(self) -> int:
+        """Latents of the shard that has most."""
+        return self.cfg.d_sae if self.shards is None else self.shards.widest
 
     def takes_heads_apart(self, x: Tensor) -> bool:
         """Whether the last two axes of x are [n_heads, d_head] of one row."""
@@ -304,6 +350,7 @@ class SAE(nn.Module, ABC):
             l1_weight,
             row_weight=rows.weight,
             W_compute=self.compute_copies.get("W_dec"),
+            shards=self.shards,
             impl=self.impl,
         )
         if rows.weight is None:

@@ -75,6 +75,7 @@ class BatchTopKSAE(TopKSAE):
             b_pre=self.b_pre,
             scale=scale,
             W_compute=self.compute_copies.get("W_enc"),
+            shards=self.shards,
             impl=self.impl,
         )
 
@@ -95,7 +96,10 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def _update_threshold(self, acts: Tensor) -> None:
         """threshold += lr (smallest positive act - threshold), nothing where no act is positive."""
-        smallest = torch.where(acts > 0, acts, torch.inf).amin().to(self.topk_threshold.dtype)
+        # An act of inf beside the others: a shard may have none.
+        smallest = torch.where(acts > 0, acts, torch.inf).amin() if len(acts) else acts.new_tensor(torch.inf)
+        smallest = smallest if self.shards is None else self.shards.least(smallest)
+        smallest = smallest.to(self.topk_threshold.dtype)
         moved = torch.lerp(self.topk_threshold, smallest, self.cfg.topk_threshold_lr)
         self.topk_threshold.copy_(torch.where(smallest.isinf(), self.topk_threshold, moved))
 
@@ -112,9 +116,9 @@ class BatchTopKSAE(TopKSAE):
             self.fold_W_dec_norm()
         shared = {f.name: getattr(self.cfg, f.name) for f in fields(SAEConfig)}
         metadata = {**self.cfg.metadata, "training_architecture": self.cfg.architecture}
-        made = JumpReLUSAE(replace(JumpReLUConfig(**shared), metadata=metadata), device=self.device)
+        made = JumpReLUSAE(replace(JumpReLUConfig(**shared), metadata=metadata), device=self.device, shards=self.shards)
         weights = {k: v for k, v in self.state_dict().items() if k != "topk_threshold"}
-        threshold = self.topk_threshold.to(torch.float32).expand(self.cfg.d_sae)
+        threshold = self.topk_threshold.to(torch.float32).expand(len(self.latents))
         made.load_state_dict({**weights, "threshold": threshold})
         made.impl = self.impl
         return made

@@ -16,10 +16,14 @@ SPARSE_BELOW = 1 / 16
 def is_sparse(sae: SAE, x: Tensor, threshold: float | Tensor = 0.0) -> bool:
     """Whether few of the pre-activations of a batch's rows are above a threshold.
 
-    A function of the batch and the weights alone, so that a resumed run decides as the first did.
+    A function of the batch and the weights alone, so that a resumed run decides as the first did,
+    and of all shards and parts, so that they decide alike.
     """
     probe = x[:: max(1, len(x) // PROBE_ROWS)]
     code = threshold_encode(
         probe, sae.W_enc, sae.b_enc, threshold=threshold, b_pre=sae.b_pre, impl=sae.impl
     )
-    return code.acts.numel() < SPARSE_BELOW * len(probe) * sae.cfg.d_sae
+    share = code.acts.new_tensor(code.acts.numel() / len(probe))
+    if sae.shards is not None:
+        share = sae.shards.mean_of_parts(sae.shards.total(share))
+    return bool(share < SPARSE_BELOW * sae.cfg.d_sae)

@@ -47,7 +47,7 @@ class GatedSAE(SAE):
         super()._make_parameters(dtype, device)
         del self.b_enc
         for name in ("b_gate", "r_mag", "b_mag"):
-            zeros = torch.zeros(self.cfg.d_sae, dtype=dtype, device=device)
+            zeros = torch.zeros(len(self.latents), dtype=dtype, device=device)
             setattr(self, name, nn.Parameter(zeros))
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> RaggedCode:
@@ -92,13 +92,13 @@ class GatedSAE(SAE):
             z, raw = z.to(self.dtype), raw.to(self.dtype)
             gate, mag = self._paths(z)
             acts = (gate > 0) * mag.relu()
-            err = acts @ self.W_dec + self.b_dec - target
+            err = self._over_latents(acts @ self.W_dec) + self.b_dec - target
             # SAELens's auxiliary path reads rows as they came, normalised at run time or not.
             opened = (gate if rows.weight is None else self._paths(raw)[0]).relu()
-            auxiliary = opened @ self.W_dec + self.b_dec - raw
+            auxiliary = self._over_latents(opened @ self.W_dec) + self.b_dec - raw
             terms = {
                 "mse": (err.square().sum(-1) * weight).sum(),
-                "l1": coefficient * (opened * self.decoder_norms()).sum(),
+                "l1": coefficient * self._over_latents((opened * self.decoder_norms()).sum()),
                 "auxiliary": auxiliary.square().sum(),
             }
             return ChunkSums(terms, err * weight.sqrt().unsqueeze(-1), (acts != 0).sum(0))
@@ -107,7 +107,7 @@ class GatedSAE(SAE):
             chunk_sums,
             (rows.x, rows.target, weight, raw),
             [*self.parameters()],
-            d_sae=self.cfg.d_sae,
+            d_sae=self.widest_shard,
         )
         return SAELoss(made.total, made.terms, x, made.err, made.counts)
 

@@ -89,7 +89,7 @@ class JumpReLUSAE(SAE):
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         super()._make_parameters(dtype, device)
         # In bf16 a threshold of 0.01 could not move by a learning rate's steps.
-        threshold = torch.full((self.cfg.d_sae,), self.cfg.jumprelu_init_threshold, device=device)
+        threshold = torch.full((len(self.latents),), self.cfg.jumprelu_init_threshold, device=device)
         self.threshold = nn.Parameter(threshold)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "JumpReLUSAE":
@@ -169,8 +169,8 @@ class JumpReLUSAE(SAE):
             impl=self.impl,
         )
         mse, _, err = self._reconstruction(rows, code)
-        sparsity = coefficient * self._row_sparsity(l0).mean()
-        groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
+        sparsity = coefficient * self._row_sparsity(self._over_latents(l0)).mean()
+        groups = code.groups or group_by_latent(code, len(self.latents), impl=self.impl)
         terms = {"mse": mse.detach(), "l0": sparsity.detach()}
         return SAELoss(mse + sparsity, terms, x, err, groups.counts(), code)
 
@@ -193,26 +193,29 @@ class JumpReLUSAE(SAE):
             h = (z if self.b_pre is None else z - self.b_pre) @ self.W_enc + self.b_enc
             acts = _Jump.apply(h, threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input)
             assert isinstance(acts, Tensor)
-            err = acts @ self.W_dec + self.b_dec - target
+            err = self._over_latents(acts @ self.W_dec) + self.b_dec - target
             terms = {"mse": (err.square().sum(-1) * weight).sum()}
             fires = _Step.apply(h, threshold, cfg.jumprelu_bandwidth, cfg.jumprelu_ste_to_input)
             assert isinstance(fires, Tensor)
             norms = self.decoder_norms()
             if cfg.jumprelu_sparsity_loss_mode == "tanh":
-                sparsity = torch.tanh(cfg.jumprelu_tanh_scale * acts * norms).sum(-1)
+                tanh = torch.tanh(cfg.jumprelu_tanh_scale * acts * norms).sum(-1)
+                sparsity = self._over_latents(tanh)
             else:
-                sparsity = self._row_sparsity(fires.sum(-1))
+                sparsity = self._row_sparsity(self._over_latents(fires.sum(-1)))
             terms["l0"] = coefficient * sparsity.sum()
             if frequency_weight is not None:
-                terms["frequency"] = coefficient * (fires * frequency_weight).sum()
+                terms["frequency"] = coefficient * self._over_latents(
+                    (fires * frequency_weight).sum()
+                )
             if cfg.pre_act_loss_coefficient is not None and dead is not None:
                 short = (threshold - h).relu() * dead * norms
-                terms["pre_act"] = cfg.pre_act_loss_coefficient * short.sum()
+                terms["pre_act"] = cfg.pre_act_loss_coefficient * self._over_latents(short.sum())
             err = err * weight.sqrt().unsqueeze(-1)
             return ChunkSums(terms, err, (acts != 0).sum(0))
 
         made = row_chunked_loss(
-            chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=cfg.d_sae
+            chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=self.widest_shard
         )
         return SAELoss(made.total, made.terms, x, made.err, made.counts)
 
@@ -222,7 +225,8 @@ class JumpReLUSAE(SAE):
         code = threshold_encode(
             x, self.W_enc, self.b_enc, threshold=self.threshold, b_pre=self.b_pre, impl=self.impl
         )
-        fired = code.indices.bincount(minlength=self.cfg.d_sae) / len(x)
+        fired = code.indices.bincount(minlength=len(self.latents)) / len(x)
+        fired = fired if self.shards is None else self.shards.mean_of_parts(fired)
         excess = (fired / self.cfg.target_frequency).clamp_min(1).log10()
         return self.cfg.frequency_coefficient * excess
 

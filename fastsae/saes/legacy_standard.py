@@ -1,7 +1,7 @@
 """The standard SAE under the loss that SAELens's classic L1 recipes were written for."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -45,8 +45,8 @@ class LegacyStandardSAE(StandardSAE):
     config_class = LegacyStandardConfig
     cfg: LegacyStandardConfig
 
-    def __init__(self, cfg: LegacyStandardConfig, *, device: torch.device | str = "cpu") -> None:
-        super().__init__(cfg, device=device)
+    def __init__(self, cfg: LegacyStandardConfig, **where: Any) -> None:
+        super().__init__(cfg, **where)
         # Half of the latents fire at first: with encoder rows of this norm x_hat starts near x.
         self.W_enc.data.mul_(min(1.0, 2 * cfg.d_in / cfg.d_sae))
 
@@ -86,4 +86,6 @@ class LegacyStandardSAE(StandardSAE):
 
     def _centred_norms(self, rows: TrainingRows) -> Float[Tensor, " B"]:
         wide = rows.target.float()
-        return (wide - wide.mean(0)).norm(dim=-1) + 1e-6
+        mean = wide.mean(0)
+        mean = mean if self.shards is None else self.shards.mean_of_parts(mean)
+        return (wide - mean).norm(dim=-1) + 1e-6

@@ -44,6 +44,7 @@ class MatchingPursuitSAE(SAE):
 
     config_class = MatchingPursuitConfig
     cfg: MatchingPursuitConfig
+    splits_by_latent = False
 
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         self.W_dec = nn.Parameter(self._initial_rows(self.cfg.d_in, device).to(dtype))

@@ -63,13 +63,15 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
         err = self.b_dec.to(code.acts.dtype) - rows.target
         first = 0
         for width in self.cfg.matryoshka_widths:
-            err = err + sparse_decode(_level(unscaled, first, width), self.W_dec, impl=self.impl)
+            here = [edge - self.latents.start for edge in (first, width)]
+            part = sparse_decode(_level(unscaled, *here), self.W_dec, impl=self.impl)
+            err = err + self._over_latents(part)
             per_row = err.square().sum(-1)
             mse = (per_row if rows.weight is None else per_row * rows.weight).mean()
             total = total + mse
             terms["mse" if width == self.cfg.d_sae else f"inner_mse_{width}"] = mse.detach()
             if dead is not None and self.cfg.use_matryoshka_aux_loss:
-                level = torch.arange(self.cfg.d_sae, device=dead.device)
+                level = torch.arange(self.latents.start, self.latents.stop, device=dead.device)
                 of_level = dead & (level >= first) & (level < width)
                 auxk = auxk + self._auxk(rows, err.detach(), of_level, scale)
             first = width
@@ -81,7 +83,7 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
         if rows.weight is not None:
             err = err * rows.weight.sqrt().unsqueeze(-1)
         self._update_threshold(code.acts.detach())
-        groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
+        groups = code.groups or group_by_latent(code, len(self.latents), impl=self.impl)
         return SAELoss(total, terms, x, err, groups.counts(), code)
 
 

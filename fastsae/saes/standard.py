@@ -84,11 +84,11 @@ class StandardSAE(SAE):
         ghosts = (
             dead.nonzero().squeeze(1) if self.cfg.use_ghost_grads and dead is not None else None
         )
-        if ghosts is not None and len(ghosts):
+        if ghosts is not None and (len(ghosts) or self.shards is not None):
             return self._dense_loss(x, rows, coefficient, ghosts)
         if self.cfg.lp_norm == 1 and is_sparse(self, rows.x):
             return self._sparse_loss(x, rows, coefficient)
-        if rows.target is rows.x and rows.weight is None:
+        if rows.target is rows.x and rows.weight is None and self.shards is None:
             return self._relu_l1_loss(x, coefficient)
         return self._dense_loss(x, rows, coefficient)
 
@@ -103,7 +103,7 @@ class StandardSAE(SAE):
         )
         mse, l1, err = self._reconstruction(rows, code, row_norms(self.W_dec))
         l1 = coefficient * l1
-        groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
+        groups = code.groups or group_by_latent(code, len(self.latents), impl=self.impl)
         terms = {"mse": mse.detach(), "l1": l1.detach()}
         return SAELoss(mse + l1, terms, x, err, groups.counts(), code)
 
@@ -131,19 +131,26 @@ class StandardSAE(SAE):
             z = z.to(self.dtype)
             h = (z if self.b_pre is None else z - self.b_pre) @ self.W_enc + self.b_enc
             acts = h.relu()
-            err = acts @ self.W_dec + self.b_dec - target
-            l1 = (acts * self.decoder_norms()).norm(p=self.cfg.lp_norm, dim=-1)
+            err = self._over_latents(acts @ self.W_dec) + self.b_dec - target
+            l1 = self._p_norm(acts * self.decoder_norms())
             terms = {"mse": (err.square().sum(-1) * weight).sum(), "l1": coefficient * l1.sum()}
             err = err * weight.sqrt().unsqueeze(-1)
             if ghosts is not None:
-                ghost = ghost_loss(h[:, ghosts], self.W_dec[ghosts], err.detach())
-                terms["ghost"] = self.ghost_coefficient * ghost
+                ghost = self._over_latents(h[:, ghosts].exp() @ self.W_dec[ghosts])
+                terms["ghost"] = self.ghost_coefficient * ghost_loss(ghost, err.detach())
             return ChunkSums(terms, err, (acts != 0).sum(0))
 
         made = row_chunked_loss(
-            chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=self.cfg.d_sae
+            chunk_sums, (rows.x, rows.target, weight), [*self.parameters()], d_sae=self.widest_shard
         )
         return SAELoss(made.total, made.terms, x, made.err, made.counts)
+
+    def _p_norm(self, weighted: Tensor) -> Float[Tensor, " c"]:
+        p = self.cfg.lp_norm
+        if self.shards is None:
+            return weighted.norm(p=p, dim=-1)
+        sums = self._over_latents(weighted.abs().pow(p).sum(-1))
+        return sums if p == 1 else sums.pow(1 / p)
 
     @property
     def ghost_coefficient(self) -> float:
@@ -156,9 +163,8 @@ class StandardSAE(SAE):
         return self.cfg.l1_coefficient * step / self.cfg.l1_warm_up_steps
 
 
-def ghost_loss(h_dead: Tensor, W_dead: Tensor, err: Tensor) -> Float[Tensor, ""]:
-    """The term of `use_ghost_grads` for rows [c, dead], summed over rows, averaged over D."""
-    ghost = h_dead.exp() @ W_dead
+def ghost_loss(ghost: Tensor, err: Tensor) -> Float[Tensor, ""]:
+    """The term of `use_ghost_grads` for g and e [c, D], summed over rows, averaged over D."""
     half = err.norm(dim=-1) / (2 * ghost.detach().norm(dim=-1) + 1e-6)
     missed = (ghost * half.unsqueeze(-1) + err).square()
     share = err.square() / (missed.detach() + 1e-6)

@@ -82,6 +82,7 @@ class TemporalSAE(SAE):
 
     config_class = TemporalConfig
     cfg: TemporalConfig
+    splits_by_latent = False
 
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         cfg = self.cfg

@@ -61,6 +61,7 @@ class TopKSAE(SAE):
             b_pre=self.b_pre,
             scale=scale,
             W_compute=self.compute_copies.get("W_enc"),
+            shards=self.shards,
             impl=self.impl,
         )
 
@@ -89,7 +90,7 @@ class TopKSAE(SAE):
         if self.cfg.aux_loss_coefficient:
             auxk = torch.zeros_like(mse) if dead is None else self._auxk(rows, err, dead, scale)
             total, terms["auxk"] = total + auxk, auxk.detach()
-        groups = code.groups or group_by_latent(code, self.cfg.d_sae, impl=self.impl)
+        groups = code.groups or group_by_latent(code, len(self.latents), impl=self.impl)
         return SAELoss(total, terms, x, err, groups.counts(), code)
 
     def _auxk(self, rows: TrainingRows, err: Tensor, dead: Tensor, scale: Tensor | None) -> Tensor:
@@ -106,6 +107,7 @@ class TopKSAE(SAE):
             b_pre=self.b_pre,
             scale=scale,
             absolute=self.ranks_absolute,
+            shards=self.shards,
             impl=self.impl,
         )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TENSORS = "trainer_state.safetensors"
 STATE = "trainer_state.json"
 FREE = (
+    "exchange",
     "log_every",
     "log_to",
     "project",

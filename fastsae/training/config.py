@@ -14,6 +14,7 @@ Tracking = Literal["wandb", "tensorboard", "trackio"]
 Kind = Literal["row_adam", "adam", "signum", "muon"]
 Moments = Literal["float32", "bfloat16", "8bit"]
 Rounding = Literal["nearest", "stochastic"]
+Exchanged = Literal["auto", "pairs", "rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,10 @@ class TrainConfig:
     """Tokens whose gradient is computed at once, where a whole batch takes too much memory; the
     gradient is the batch's (BatchTopK selects within each part). None: the batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    exchange: Exchanged = "auto"
+    """What processes that have parts of a batch send each other: the active `pairs` and the rows
+    they refer to, or dense gradients by `rows` of the dictionary, of whose moments each process
+    then has a part only; `auto`: the fewer bytes."""
     compute_dtype: str | None = None
     """Dtype of the rows and so of the encoder's product; weights and sums stay in the SAE's dtype.
     None: bfloat16 on a GPU, the SAE's dtype elsewhere."""
@@ -116,6 +121,14 @@ class TrainConfig:
         self.sae.check_trainable()
         if self.b_dec_init not in CENTRES:
             raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
+        if self.exchange not in get_args(Exchanged):
+            raise ValueError(
+                f"exchange must be one of {list(get_args(Exchanged))}, got {self.exchange!r}"
+            )
+        if self.exchange == "rows" and self.optimizer.kind != "row_adam":
+            raise ValueError(
+                f"exchange must be 'auto' or 'pairs' for kind {self.optimizer.kind!r}, got 'rows'"
+            )
         for name in self.log_to:
             if name not in get_args(Tracking):
                 raise ValueError(f"log_to must be among {list(get_args(Tracking))}, got {name!r}")

@@ -1,15 +1,27 @@
 """Who has not fired for a while, counted in tokens, without a dense tensor."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 
 class DeadLatents:
-    """For each latent, the tokens since it last fired and the tokens it ever fired on."""
+    """For each latent, the tokens since it last fired and the tokens it ever fired on.
 
-    def __init__(self, d_sae: int, window: int, device: torch.device) -> None:
-        self.window = window
+    Args:
+        anywhere: of a 0-dim bool, whether it holds for any holder of latents.
+    """
+
+    def __init__(
+        self,
+        d_sae: int,
+        window: int,
+        device: torch.device,
+        anywhere: Callable[[Tensor], Tensor] = lambda here: here,
+    ) -> None:
+        self.window, self._anywhere = window, anywhere
         self.since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.tokens = 0
@@ -32,7 +44,7 @@ class DeadLatents:
 
     def _watch(self) -> None:
         """Have the answer of `any` on its way to the host."""
-        self._any, self._arrived = self.dead().any(), None
+        self._any, self._arrived = self._anywhere(self.dead().any()), None
         self._version = self.since_fired._version
         if self._any.is_cuda:
             on_host = torch.empty((), dtype=torch.bool, pin_memory=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsae.distributed.gradients import Parts
+from fastsae.distributed.mesh import Mesh
 from fastsae.saes import SAE
 from fastsae.training.config import OptimizerConfig
 from fastsae.training.memory_order import check_strides
@@ -28,14 +30,18 @@ class DenseOptimizer:
     """Where torch's fused Adam keeps the step."""
 
     def __init__(
-        self, parts: Sequence[torch.optim.Optimizer], unit_rows: Iterable[nn.Parameter] = ()
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        unit_rows: Iterable[nn.Parameter] = (),
+        parts: Parts | None = None,
     ) -> None:
-        self._parts = list(parts)
+        self._optimizers = list(optimizers)
+        self._parts = parts or Parts(Mesh(), "pairs")
         self._unit_rows = list(unit_rows)
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
-        self.state = self._parts[0].state
-        for part in self._parts[1:]:
-            part.state = self.state
+        self.param_groups = [g for one in self._optimizers for g in one.param_groups]
+        self.state = self._optimizers[0].state
+        for one in self._optimizers[1:]:
+            one.state = self.state
         self.copies: dict[nn.Parameter, Tensor] = {}
         """Of parameters, in another dtype: written anew at each step."""
 
@@ -43,15 +49,23 @@ class DenseOptimizer:
         """Nothing is held."""
 
     def zero_grad(self) -> None:
-        for part in self._parts:
-            part.zero_grad()
+        for one in self._optimizers:
+            one.zero_grad()
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         parameters = [p for group in self.param_groups for p in group["params"]]
         return [(p, p.grad) for p in parameters if p.grad is not None]
 
+    @torch.no_grad()
+    def combine(self) -> None:
+        """Make the gradients of the parts of a batch, left by backward, that of the batch."""
+        if self._parts.mesh.dp == 1:
+            return
+        for _, gradient in self._gradients():
+            gradient.copy_(self._parts.mean(gradient))
+
     def gradient_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(torch.stack([g.norm() for _, g in self._gradients()]))
+        return self._parts.norm({p: g.norm() for p, g in self._gradients()}, ())
 
     def scale_gradient(self, factor: Tensor) -> None:
         for _, gradient in self._gradients():
@@ -68,8 +82,8 @@ class DenseOptimizer:
             if p.grad is not None:
                 along = (p.grad * p).sum(1, keepdim=True) / p.square().sum(1, keepdim=True)
                 p.grad.sub_(along.nan_to_num(0.0) * p)
-        for part in self._parts:
-            part.step()
+        for one in self._optimizers:
+            one.step()
         for p in self._unit_rows:
             norms = p.norm(dim=1, keepdim=True)
             p.div_(torch.where(norms > 0, norms, 1))

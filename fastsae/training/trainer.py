@@ -13,6 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.device import resolve_device
+from fastsae.distributed.assembly import shard_of, whole_shape
+from fastsae.distributed.gradients import Parts
+from fastsae.distributed.mesh import Mesh
+from fastsae.distributed.shards import LatentShards
 from fastsae.saes import SAE, SAES, SAELoss
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training.centre import CENTRES
@@ -26,6 +30,7 @@ from fastsae.training.optimizer import build_optimizer, compute_copies
 from fastsae.training.resampling import resample
 from fastsae.training.scaling import build_scaling
 from fastsae.training.schedule import lr_factor
+from fastsae.training.split import check_split, exchange_of
 from fastsae.training.trackers import Tracker, trackers_of
 
 Batch = Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B D_out"]]
@@ -45,6 +50,12 @@ class Trainer:
         device: `auto`, or where to compute.
         out: folder for `metrics.jsonl` and `checkpoints/`; None: nothing is written.
         start: a trained SAE of unscaled rows, whose parameters the run starts from; None: random.
+        mesh: the processes that train this SAE together, each of which makes the same calls with
+            its own rows: `batch_size / mesh.size` of each batch, in the order of their ranks. None:
+            this one alone.
+
+    Raises:
+        ValueError: the processes' configurations or versions differ, or the run cannot be split.
     """
 
     def __init__(
@@ -54,14 +65,25 @@ class Trainer:
         device: torch.device | str = "auto",
         out: Path | None = None,
         start: SAE | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.device = resolve_device(device)
         self.cfg = cfg = cfg.resolved(self.device)
+        self.mesh = mesh = mesh or Mesh(device=self.device)
+        check_split(cfg, mesh)
         torch.manual_seed(cfg.seed)
-        self.sae: SAE = SAES[cfg.sae.architecture](cfg.sae, device=self.device)
+        shards = LatentShards(mesh, cfg.sae.d_sae) if mesh.size > 1 else None
+        self.sae: SAE = SAES[cfg.sae.architecture](cfg.sae, device=self.device, shards=shards)
         self.lr = cfg.optimizer.lr or 0.0
-        self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr)
-        self.dead = DeadLatents(cfg.sae.d_sae, cfg.dead_window or 0, self.device)
+        whole = [p for n, p in self.sae.named_parameters() if n in self.sae.WITHOUT_LATENT_AXIS]
+        parts = Parts(mesh, exchange_of(cfg, mesh), whole)
+        self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr, parts)
+        self.dead = DeadLatents(
+            len(self.sae.latents),
+            cfg.dead_window or 0,
+            self.device,
+            anywhere=lambda here: mesh.sum(here.int(), "tp") > 0,
+        )
         self.compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
         self.copy_weights()
         self.steps_done = 0
@@ -92,17 +114,27 @@ class Trainer:
         """
         parts = [rows] if targets is None else [rows, targets]
         for part in parts:
-            check_finite(part, self.steps_done + 1)
+            self.check_finite(part, self.steps_done + 1)
         wide = [part.to(self.device, torch.float32) for part in parts]
         self.scaling.fit(*wide)
+        self.scaling.load_state_dict(self._of_first(self.scaling.state_dict()))
         if self.start is not None:
-            self.sae.load_state_dict(self.start.state_dict(), strict=False)
+            state = self.start.state_dict()
+            self.sae.load_state_dict(shard_of(self.sae, state), strict=False)
             self.scaling.unfold(self.sae)
             self.copy_weights()
             self.start = None
             return
         scaled = [self.scaling.apply(wide[0]), *map(self.scaling.apply_to_targets, wide[1:])]
         self.sae.initialise(*scaled, centre=CENTRES[self.cfg.b_dec_init])
+        self.mesh.broadcast(self.sae.b_dec.data)
+
+    def _of_first(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What rank 0 found of its sample."""
+        for name, t in state.items():
+            state[name] = t = t.to(self.device)
+            self.mesh.broadcast(t)
+        return state
 
     def fit(
         self,
@@ -155,7 +187,7 @@ class Trainer:
         logged, saved = self.is_logged(number), self.is_saved(number)
         if logged or saved:
             for part in _rows_and_targets(batch):
-                check_finite(part, number)
+                self.check_finite(part, number)
         loss = self.step(*_rows_and_targets(batch))
         self.training_seconds += time.perf_counter() - started
         if logged or saved:
@@ -190,17 +222,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         self.optimizer.zero_grad()
-        loss = self._gradient(x, target)
-        self.dead.update(loss.counts, len(x))
+        x = self._same_rows(x)
+        loss = self._gradient(x, None if target is None else self._same_rows(target))
+        counts = self.mesh.sum(loss.counts.long(), "dp")
+        self.dead.update(counts, len(x) * self.mesh.dp)
+        self.optimizer.combine()
         if cfg.clip_norm is not None:
             norm = self.optimizer.gradient_norm()
             self.optimizer.scale_gradient((cfg.clip_norm / (norm + 1e-6)).clamp_max(1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
-        self._total = loss.total.detach()
+        self._total = self.mesh.mean(loss.total.detach(), "dp")
         self._resample(loss)
         return loss
+
+    def _same_rows(self, rows: Tensor) -> Tensor:
+        """The rows of this part of the batch, of which each shard was given some."""
+        if self.mesh.tp == 1:
+            return rows
+        return self.mesh.gather(rows.to(self.device), "tp").flatten(0, 1)
 
     def _resample(self, loss: SAELoss) -> None:
         every, decay = self.cfg.resample_every, self.cfg.optimizer.decay_steps or 0
@@ -233,7 +274,8 @@ class Trainer:
     @torch.no_grad()
     def export(self) -> SAE:
         """A copy that takes rows as they are, in the form it is used in: scaling and decoder norms
-        folded in."""
+        folded in. Where the dictionary is split, of this process's latents: what it computes with
+        the others is the whole dictionary's; `write_sae` puts the shards together on disk."""
         sae = copy.deepcopy(self.sae)
         sae.compute_copies = {}
         self.scaling.fold(sae)
@@ -243,8 +285,12 @@ class Trainer:
 
     def log_sparsity(self) -> Float[Tensor, " F"]:
         """log10 of each latent's firing frequency over the run."""
-        frequency = self.dead.fired / max(1, self.dead.tokens)
-        return torch.log10(frequency + NEVER_FIRED_FREQUENCY)
+        return torch.log10(self.density() + NEVER_FIRED_FREQUENCY)
+
+    def density(self) -> Float[Tensor, " F"]:
+        """Each latent's firing frequency over the run; of all shards."""
+        fired = torch.cat(self.mesh.gather_ragged(self.dead.fired, "tp"))
+        return fired / max(1, self.dead.tokens)
 
     def save(self) -> Path:
         """Write a checkpoint; older ones beyond `keep_checkpoints` are removed."""
@@ -276,25 +322,42 @@ class Trainer:
             )
 
     def _record(self, loss: SAELoss) -> None:
-        n_tokens = len(loss.x)
+        mesh, n_tokens = self.mesh, len(loss.x) * self.mesh.dp
         rows = (loss.x if loss.target is None else loss.target).to(loss.err.dtype)
-        spread = (rows - rows.mean(0)).square().sum()
+        mean = mesh.mean(rows.mean(0), "dp")
+        squares = [(rows - mean).square().sum(), loss.err.square().sum()]
+        spread, error = mesh.sum(torch.stack(squares), "dp")
+        here = torch.stack([self.dead.dead().sum(), (self.dead.fired == 0).sum()])
+        dead, never_fired = mesh.sum(here, "tp").tolist()
         self.metrics = {
             "step": self.steps_done,
             "tokens": self.dead.tokens,
-            "loss": float(loss.total.detach()),
-            **{name: float(value) for name, value in loss.terms.items()},
-            "fvu": float(loss.err.square().sum() / spread),
-            "l0": float(loss.counts.sum()) / n_tokens,
-            "dead": int(self.dead.dead().sum()),
-            "never_fired": int((self.dead.fired == 0).sum()),
+            "loss": float(self._total),
+            **{name: float(mesh.mean(value, "dp")) for name, value in loss.terms.items()},
+            "fvu": float(error / spread),
+            "l0": float(mesh.sum(loss.counts.sum(), "world")) / n_tokens,
+            "dead": dead,
+            "never_fired": never_fired,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(self.training_seconds, 3),
             "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
         }
-        self.log.write(self.metrics)
-        for tracker in self._trackers:
-            tracker.write(self.metrics)
+        if mesh.is_first:
+            self.log.write(self.metrics)
+            for tracker in self._trackers:
+                tracker.write(self.metrics)
+
+    def check_finite(self, rows: Tensor, step: int) -> None:
+        """Raise ValueError, on every process, where any of them holds NaN or inf."""
+        bad = (~rows.isfinite()).any(dim=-1)
+        n_bad = int(bad.sum())
+        if not self.mesh.any(n_bad > 0):
+            return
+        where = f"the first at row {int(bad.int().argmax())}" if n_bad else "others on other ranks"
+        raise ValueError(
+            f"activations must be finite, got NaN or inf in {n_bad} rows of the batch at "
+            f"step {step}, {where}"
+        )
 
 
 def joined(losses: list[SAELoss]) -> SAELoss:
@@ -320,9 +383,10 @@ def check_fits(sae: SAE, start: SAE) -> None:
     given = start.state_dict()
     for name, parameter in sae.named_parameters():
         got = list(given[name].shape) if name in given else "none"
-        if got != list(parameter.shape):
+        wanted = whole_shape(sae, name, parameter)
+        if got != wanted:
             raise ValueError(
-                f"start must have the parameter {name} {list(parameter.shape)} of the "
+                f"start must have the parameter {name} {wanted} of the "
                 f"architecture {sae.cfg.architecture!r}, got {got} in a {start.cfg.architecture!r}"
             )
 
@@ -331,10 +395,3 @@ def _rows_and_targets(batch: Batch) -> tuple[Tensor, ...]:
     return (batch,) if isinstance(batch, Tensor) else batch
 
 
-def check_finite(rows: Tensor, step: int) -> None:
-    bad = (~rows.isfinite()).any(dim=-1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"activations must be finite, got NaN or inf in {int(bad.sum())} rows of the batch at "
-            f"step {step}, the first at row {int(bad.int().argmax())}"
-        )

@@ -3,7 +3,9 @@
 from fastsae_kernels._checks import index_checks as index_checks
 from fastsae_kernels._dispatch import Impl as Impl
 from fastsae_kernels._row_grads import DenseGrad as DenseGrad
+from fastsae_kernels._row_grads import PairGrad as PairGrad
 from fastsae_kernels._row_grads import RowGrad as RowGrad
+from fastsae_kernels._row_grads import SubsetGrad as SubsetGrad
 from fastsae_kernels._row_grads import collect_row_grads as collect_row_grads
 from fastsae_kernels._row_grads import release_row_grads as release_row_grads
 from fastsae_kernels._workspace import DEFAULT_WORKSPACE as DEFAULT_WORKSPACE
@@ -26,6 +28,7 @@ from fastsae_kernels.row_chunked import ChunkSums as ChunkSums
 from fastsae_kernels.row_chunked import RowChunked as RowChunked
 from fastsae_kernels.row_chunked import row_chunked_loss as row_chunked_loss
 from fastsae_kernels.row_norms import row_norms as row_norms
+from fastsae_kernels.shards import Shards as Shards
 from fastsae_kernels.threshold import JumpReLUCode as JumpReLUCode
 from fastsae_kernels.threshold import ReLUL1 as ReLUL1
 from fastsae_kernels.threshold import jumprelu_encode as jumprelu_encode

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsae_kernels._dispatch import Impl
+from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import LatentGroups
 from fastsae_kernels.grouping import ops
 from fastsae_kernels.grouping.eager import segment_sum
@@ -41,6 +41,11 @@ class PairGrad:
         offsets = self.groups.offsets
         starts = offsets[:-1][self.groups.counts() > 0]
         return replace(self, groups=self.groups._replace(offsets=torch.cat([starts, offsets[-1:]])))
+
+    def summed(self, impl: Impl = Impl.AUTO) -> Tensor:
+        """[F, D]: the dense gradient."""
+        impl = resolve_impl(impl, self.coef.device, dtypes=(self.coef.dtype,))
+        return ops.segment_sum(self.groups, self.coef, self.operand, impl)
 
     def scaled(self, factor: Tensor) -> "PairGrad":
         return replace(self, coef=self.coef * factor)

@@ -54,7 +54,7 @@ def row_chunked_loss(
         chunk_sums: called with the same slice of every one of `rows`.
         rows: tensors [B, ...], constants.
         parameters: what `chunk_sums` reads and may want a gradient; others get none.
-        d_sae: F.
+        d_sae: F; of shards, which must chunk alike, that of the widest.
         live: tensors [c, F] that a chunk holds at once, forward and backward.
 
     Raises:
@@ -68,7 +68,7 @@ def row_chunked_loss(
     chunk = max(1, workspace_bytes() // (live * d_sae * wide.itemsize))
     gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, wide)) for p in learned]
     sums: dict[str, Tensor] = {}
-    errors, counts = [], torch.zeros(d_sae, dtype=torch.int64, device=rows[0].device)
+    errors, counts = [], []
     for part in zip(*(t.detach().split(chunk) for t in rows), strict=True):
         with torch.set_grad_enabled(bool(learned)):
             found = chunk_sums(*part)
@@ -82,13 +82,13 @@ def row_chunked_loss(
         for name, value in found.terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / n_rows
         errors.append(found.err.detach())
-        counts += found.counts
+        counts.append(found.counts)
     total = torch.stack([*sums.values()]).sum()
     if learned:
         sinks = [row_grads_of(p) for p in learned]
         total = _Sum.apply(total, sinks, *learned, *gradients)
         assert isinstance(total, Tensor)
-    return RowChunked(total, sums, torch.cat(errors), counts)
+    return RowChunked(total, sums, torch.cat(errors), torch.stack(counts).sum(0))
 
 
 class _Sum(torch.autograd.Function):

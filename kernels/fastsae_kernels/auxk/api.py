@@ -3,6 +3,7 @@ from torch import Tensor
 
 from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
+from fastsae_kernels.shards import Shards, refuse_reference
 
 
 def aux_topk(
@@ -16,6 +17,7 @@ def aux_topk(
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
     absolute: bool = False,
+    shards: Shards | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """AuxK loss: the dead latents' best reconstruction of what the live ones left over.
@@ -36,6 +38,8 @@ def aux_topk(
         dead: [F] bool.
         absolute: pick the latents with the largest |h| * scale instead, as AbsTopK does.
         W_enc, b_enc, W_dec, b_pre, scale: as in `topk_encode` and `sparse_decode`.
+        shards: the holders of the other latents where W_enc and W_dec are a shard: n_dead and S_b
+            are those of all shards, at least one of which has a dead latent. None: all is here.
         impl: `auto`, `triton`, `eager` or `reference`.
 
     Returns:
@@ -57,10 +61,12 @@ def aux_topk(
         raise TypeError(f"dead must be bool, got {dead.dtype}")
     check_same_device(x=x, err=err, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    if shards is not None:
+        refuse_reference(impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.auxk.reference import aux_topk as reference
 
         return reference(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute)
     from fastsae_kernels.auxk.function import aux_topk as run
 
-    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, impl)
+    return run(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, shards, impl)

@@ -6,7 +6,9 @@ from torch.autograd.function import once_differentiable
 
 from fastsae_kernels._dispatch import Impl
 from fastsae_kernels._row_grads import RowGrad, emit_rows, row_grads_of
+from fastsae_kernels.auxk.eager import aux_topk_sums as sums_of_shard
 from fastsae_kernels.auxk.ops import aux_topk_sums
+from fastsae_kernels.shards import Shards
 
 
 def aux_topk(
@@ -19,15 +21,17 @@ def aux_topk(
     b_pre: Tensor | None,
     scale: Tensor | None,
     absolute: bool,
+    shards: Shards | None,
     impl: Impl,
 ) -> Tensor:
-    if not torch.compiler.is_compiling() and not bool(dead.any()):
+    if shards is None and not torch.compiler.is_compiling() and not bool(dead.any()):
         # No graph: an empty gradient would cost a pass over the whole dictionary.
         return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
     x, err = x.detach().reshape(-1, x.shape[-1]), err.detach().reshape(-1, err.shape[-1])
     # Outside the Function: its number of latents is only known here, which torch.compile must see.
     with torch.no_grad():
-        sums = aux_topk_sums(x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, impl)
+        arguments = (x, err, dead, W_enc, b_enc, W_dec, b_pre, scale, absolute, impl)
+        sums = aux_topk_sums(*arguments) if shards is None else sums_of_shard(*arguments, shards)
     sinks = row_grads_of(W_enc), row_grads_of(W_dec)
     loss = _AuxTopK.apply(W_enc, b_enc, W_dec, b_pre, *sums, *sinks)
     assert isinstance(loss, Tensor)

@@ -3,6 +3,7 @@ from torch import Tensor
 from fastsae_kernels._checks import check_float, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import MOST_ENTRIES, RaggedCode
+from fastsae_kernels.shards import Shards, refuse_reference
 
 
 def batch_topk_encode(
@@ -14,6 +15,7 @@ def batch_topk_encode(
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
     W_compute: Tensor | None = None,
+    shards: Shards | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> RaggedCode:
     """The int(k B) largest of relu(((x - b_pre) W_enc + b_enc) * scale) over the whole batch.
@@ -28,6 +30,9 @@ def batch_topk_encode(
         x: [B, D] rows.
         W_enc, b_enc, b_pre, scale, W_compute: as in `topk_encode`.
         k: 0 < k <= F, need not be whole.
+        shards: the holders of the other latents, and of the other rows, where W_enc is a shard or x
+            a part of the batch: the threshold is that of all of them, and the code holds what is
+            here, a number that the host waits for. None: all is here.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself).
 
     Returns:
@@ -51,23 +56,26 @@ def batch_topk_encode(
     if scale is not None:
         check_float("scale", scale)
         check_shape("scale", scale, "[F]", (d_sae,))
-    if not 0 < k <= d_sae:
+    if shards is None and not 0 < k <= d_sae:
         raise ValueError(f"k must be in (0, F] with F = {d_sae}, got {k}")
     if W_compute is not None:
         check_float("W_compute", W_compute)
         check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
-    n_kept = int(k * x.shape[0])
+    n_rows = x.shape[0] if shards is None else shards.batch_rows(x.shape[0])
+    n_kept = int(k * n_rows)
     if n_kept > MOST_ENTRIES:
         raise ValueError(
             f"k must keep at most 2^31 - 1 of a batch's entries (row offsets are int32), got {k} "
-            f"over {x.shape[0]} rows"
+            f"over {n_rows} rows"
         )
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    if shards is not None:
+        refuse_reference(impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.batch_topk.reference import batch_topk_encode as reference
 
         return reference(x, W_enc, b_enc, n_kept, b_pre, scale)
     from fastsae_kernels.batch_topk.function import batch_topk_encode as run
 
-    return run(x, W_enc, b_enc, n_kept, b_pre, scale, W_compute, impl)
+    return run(x, W_enc, b_enc, n_kept, b_pre, scale, W_compute, shards, impl)

@@ -12,6 +12,7 @@ from fastsae_kernels._checks import (
 )
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode, SparseCode
+from fastsae_kernels.shards import Shards, refuse_reference
 
 
 class MSEL1(NamedTuple):
@@ -34,6 +35,7 @@ def mse_l1_loss(
     *,
     row_weight: Tensor | None = None,
     W_compute: Tensor | None = None,
+    shards: Shards | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> MSEL1:
     """Decode a sparse code and measure it: mse = mean_b |x_hat - x|^2, l1 = mean_b sum_k |acts| w.
@@ -53,6 +55,9 @@ def mse_l1_loss(
             sum_b row_weight_b (.)_b / sum_b row_weight_b. A row of weight 0 is left
             out, NaN or not, and its err means nothing. None: ones.
         W_compute: a copy of W_dec in a cheaper dtype to read instead; gradients go to W_dec.
+        shards: the holders of the other latents where W_dec is a shard: x_hat and l1 are sums over
+            all shards, each of which gets its own latents' gradients, and all that of b_dec. None:
+            W_dec is whole.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_dec itself).
 
     Returns:
@@ -90,10 +95,12 @@ def mse_l1_loss(
         W_compute=W_compute,
     )
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, code.acts.dtype, W_dec.dtype))
+    if shards is not None:
+        refuse_reference(impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.loss.reference import mse_l1_loss as reference
 
         return MSEL1(*reference(x, code, W_dec, b_dec, l1_weight, row_weight))
     from fastsae_kernels.loss.function import mse_l1_loss as run
 
-    return MSEL1(*run(x, code, W_dec, b_dec, l1_weight, row_weight, W_compute, impl))
+    return MSEL1(*run(x, code, W_dec, b_dec, l1_weight, row_weight, W_compute, shards, impl))

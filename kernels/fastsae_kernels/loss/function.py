@@ -9,7 +9,8 @@ from fastsae_kernels._row_grads import RowGrad, emit_pairs, row_grads_of
 from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode, entry_rows, flattened
 from fastsae_kernels.grouping.eager import group_by_latent
 from fastsae_kernels.grouping.ops import segment_total
-from fastsae_kernels.loss.ops import mse_l1_rows
+from fastsae_kernels.loss.ops import mse_l1_rows, mse_l1_rows_of_shard
+from fastsae_kernels.shards import Shards
 
 
 def mse_l1_loss(
@@ -20,6 +21,7 @@ def mse_l1_loss(
     l1_weight: Tensor | None,
     row_weight: Tensor | None,
     W_compute: Tensor | None,
+    shards: Shards | None,
     impl: Impl,
 ) -> tuple[Tensor, Tensor, Tensor]:
     row_offsets, indices, acts = flattened(code)
@@ -41,6 +43,7 @@ def mse_l1_loss(
         indices,
         row_weight,
         None if W_compute is None else W_compute.detach().flatten(1),
+        shards,
         impl,
         row_grads_of(W_dec),
         *(code.groups or ()),
@@ -61,21 +64,18 @@ class _MSEL1Loss(torch.autograd.Function):
         indices: Tensor,
         row_weight: Tensor | None,
         W_compute: Tensor | None,
+        shards: Shards | None,
         impl: Impl,
         sink: list[RowGrad] | None,
         *groups: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        row_mse, row_l1, err, dots = mse_l1_rows(
-            x,
-            row_offsets,
-            indices,
-            acts,
-            W_dec if W_compute is None else W_compute,
-            b_dec,
-            l1_weight,
-            ctx.needs_input_grad[0],
-            impl,
-        )
+        weight = W_dec if W_compute is None else W_compute
+        arguments = (x, row_offsets, indices, acts, weight, b_dec, l1_weight)
+        needs_dots = ctx.needs_input_grad[0]
+        if shards is None:
+            row_mse, row_l1, err, dots = mse_l1_rows(*arguments, needs_dots, impl)
+        else:
+            row_mse, row_l1, err, dots = mse_l1_rows_of_shard(*arguments, needs_dots, impl, shards)
         share = None  # of each row in the mean
         if row_weight is None:
             mse, l1 = row_mse.sum() / len(x), row_l1.sum() / len(x)
@@ -135,4 +135,4 @@ class _MSEL1Loss(torch.autograd.Function):
                 d_weight = segment_total(made, coef, ctx.impl).to(l1_weight.dtype)
         if needs_b:
             d_b = (mean_err * (2 * g_mse)).to(b_dtype)
-        return d_acts, d_W, d_b, d_weight, *(None,) * (7 + len(groups))
+        return d_acts, d_W, d_b, d_weight, *(None,) * (8 + len(groups))

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
+from fastsae_kernels.decode.ops import gather_sum, pair_dots
+from fastsae_kernels.loss.eager import l1_rows
+from fastsae_kernels.shards import Shards
 
 
 def mse_l1_rows(
@@ -26,6 +29,29 @@ def mse_l1_rows(
     return _mse_l1_rows(
         x, row_offsets, indices, acts, W_dec, b_dec, l1_weight, needs_dots, impl.value
     )
+
+
+def mse_l1_rows_of_shard(
+    x: Tensor,
+    row_offsets: Tensor | None,
+    indices: Tensor,
+    acts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    l1_weight: Tensor | None,
+    needs_dots: bool,
+    impl: Impl,
+    shards: Shards,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same where x_hat and row_l1 are sums over shards; `dots` are of this one's latents."""
+    part = gather_sum(row_offsets, indices, acts, W_dec, impl)
+    err = shards.total(part).add_(b_dec).sub_(x)
+    row_mse = torch.linalg.vector_norm(err, dim=1).square()
+    row_l1 = shards.total(l1_rows(row_offsets, indices, acts, l1_weight))
+    dots = acts.new_empty(0)
+    if needs_dots:
+        dots = pair_dots(row_offsets, indices, err, W_dec, impl).to(acts.dtype)
+    return row_mse, row_l1, err, dots
 
 
 @torch.library.custom_op("fastsae::mse_l1_rows", mutates_args=())

@@ -3,6 +3,7 @@ from torch import Tensor
 from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import SparseCode
+from fastsae_kernels.shards import Shards, refuse_reference
 
 
 def topk_encode(
@@ -14,6 +15,7 @@ def topk_encode(
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
     W_compute: Tensor | None = None,
+    shards: Shards | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> SparseCode:
     """The k largest of relu(((x - b_pre) W_enc + b_enc) * scale), row by row.
@@ -30,6 +32,9 @@ def topk_encode(
         b_pre: [D], subtracted from x, or None.
         scale: [F] >= 0, multiplies the pre-activations (decoder norms), or None.
         W_compute: a copy of W_enc in a cheaper dtype to read instead; gradients go to W_enc.
+        shards: the holders of the other latents where W_enc is a shard: k counts over all shards,
+            the code holds this shard's latents among a row's k largest, and acts of 0 in the slots
+            of others. None: W_enc is whole.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself). Few latents or a
             large k, less than k groups of 16 latents, take `eager` on any device: a selection that
             keeps one in four latents has nothing to leave out.
@@ -55,17 +60,19 @@ def topk_encode(
     if scale is not None:
         check_float("scale", scale)
         check_shape("scale", scale, "[F]", (d_sae,))
-    if not 1 <= k <= d_sae:
+    if shards is None and not 1 <= k <= d_sae:
         raise ValueError(f"k must be in [1, F] with F = {d_sae}, got {k}")
     if W_compute is not None:
         check_float("W_compute", W_compute)
         check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    if shards is not None:
+        refuse_reference(impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.topk.reference import topk_encode as reference
 
         return reference(x, W_enc, b_enc, k, b_pre, scale)
     from fastsae_kernels.topk.function import topk_encode as run
 
-    return run(x, W_enc, b_enc, k, b_pre, scale, W_compute, impl)
+    return run(x, W_enc, b_enc, k, b_pre, scale, W_compute, shards, impl)

@@ -1,9 +1,12 @@
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
 from fastsae_kernels._encoder_pairs import Encoder, centred, product_dtype, with_gradients
 from fastsae_kernels.code import SparseCode
+from fastsae_kernels.shards import Shards, lowest_first
 from fastsae_kernels.topk.ops import select_topk
 
 
@@ -15,6 +18,7 @@ def topk_encode(
     b_pre: Tensor | None,
     scale: Tensor | None,
     W_compute: Tensor | None,
+    shards: Shards | None,
     impl: Impl,
 ) -> SparseCode:
     flat = x.reshape(-1, x.shape[-1])
@@ -22,7 +26,19 @@ def topk_encode(
     with torch.no_grad():
         rows = centred(flat, b_pre, product_dtype(flat))
         weight = W_enc if W_compute is None else W_compute
-        acts, indices = select_topk(rows, weight, b_enc, k, scale, signed=False, impl=impl)
+        if shards is None:
+            acts, indices = select_topk(rows, weight, b_enc, k, scale, signed=False, impl=impl)
+        else:
+            select = partial(_select, W_enc=weight, b_enc=b_enc, scale=scale, impl=impl)
+            n_latents = W_enc.shape[1]
+            acts, indices = lowest_first(select, rows, min(k, n_latents), n_latents)
+            acts = torch.where(shards.keep_topk(acts, k, min(k, shards.widest)), acts, 0)
     acts, groups = with_gradients(None, indices, acts, acts, encoder, W_compute, rows, impl)
-    shape = (*x.shape[:-1], k)
+    shape = (*x.shape[:-1], acts.shape[1])
     return SparseCode(acts.reshape(shape), indices.reshape(shape), groups)
+
+
+def _select(
+    rows: Tensor, k: int, *, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    return select_topk(rows, W_enc, b_enc, k, scale, signed=False, impl=impl)

@@ -1,0 +1,31 @@
+"""Which part of each tensor of an SAE a shard has."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastsae.saes import SAE
+
+
+def latent_axis(sae: SAE, name: str) -> int | None:
+    """Of a tensor of the SAE's state; None: it has none, and every shard has it whole."""
+    if name in sae.WITHOUT_LATENT_AXIS:
+        return None
+    return 1 if name == "W_enc" else 0
+
+
+def whole_shape(sae: SAE, name: str, t: Tensor) -> list[int]:
+    """Of what `t` is this shard's part of."""
+    shape, axis = list(t.shape), latent_axis(sae, name)
+    if axis is not None:
+        shape[axis] = sae.cfg.d_sae
+    return shape
+
+
+def shard_of(sae: SAE, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This shard's part of a whole dictionary's state."""
+    found: dict[str, Tensor] = {}
+    for name, t in state.items():
+        axis = latent_axis(sae, name)
+        found[name] = t if axis is None else t.narrow(axis, sae.latents.start, len(sae.latents))
+    return found

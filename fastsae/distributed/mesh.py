@@ -1,0 +1,209 @@
+"""The processes of a run: dp parts of the batch times tp shards of the dictionary.
+
+A process has two neighbourhoods: along `tp` are those that hold other latents and the same rows,
+along `dp` those that hold other rows and the same latents. Rank r is part r // tp and shard r % tp,
+so that shards, which talk most, are neighbours inside a machine.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Axis = Literal["dp", "tp", "world"]
+T = TypeVar("T")
+
+# Named so since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+TIMEOUT_SECONDS = 600
+"""After which a process that does not answer ends the run."""
+
+
+class Mesh:
+    """dp x tp processes, each of which makes the same calls in the same order.
+
+    Collectives are not differentiable and leave what they are given alone, but for `broadcast`.
+    One process is a mesh too, whose collectives return what they are given; it may be one of
+    several that have nothing to do with each other.
+
+    Args:
+        dp: parts of the batch.
+        tp: shards of the dictionary.
+        device: of the process's tensors; decides the backend (NCCL on GPUs, gloo elsewhere).
+
+    Raises:
+        ValueError: dp x tp is not the number of processes.
+    """
+
+    def __init__(self, dp: int = 1, tp: int = 1, device: torch.device | str = "cpu") -> None:
+        for name, n in (("dp", dp), ("tp", tp)):
+            if n < 1:
+                raise ValueError(f"{name} must be at least 1, got {n}")
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if dp * tp not in (1, world):
+            raise ValueError(
+                f"dp * tp must be the number of processes, got {dp} * {tp} and {world} processes; "
+                f"start them with: torchrun --nproc-per-node {dp * tp}"
+            )
+        self.dp, self.tp, self.device = dp, tp, torch.device(device)
+        self.rank = dist.get_rank() if dp * tp > 1 else 0
+        self.part, self.shard = divmod(self.rank, tp)
+        self.devices: DeviceMesh | None = None
+        if dp * tp > 1:
+            self.devices = init_device_mesh(
+                self.device.type, (dp, tp), mesh_dim_names=("dp", "tp")
+            )
+        self.sent: Counter[str] = Counter()
+        """Bytes this process has sent, by kind of collective and axis, as ring algorithms do it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
+        return self  # its processes exist once
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.tp
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def extent(self, axis: Axis) -> int:
+        return {"dp": self.dp, "tp": self.tp, "world": self.size}[axis]
+
+    def position(self, axis: Axis) -> int:
+        return {"dp": self.part, "tp": self.shard, "world": self.rank}[axis]
+
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        """Of the processes along an axis; None: all."""
+        return None if axis == "world" or self.devices is None else self.devices.get_group(axis)
+
+    def sum(self, t: Tensor, axis: Axis) -> Tensor:
+        return self._reduced(t, axis, dist.ReduceOp.SUM)
+
+    def mean(self, t: Tensor, axis: Axis) -> Tensor:
+        return self.sum(t, axis) / self.extent(axis)
+
+    def least(self, t: Tensor, axis: Axis) -> Tensor:
+        return self._reduced(t, axis, dist.ReduceOp.MIN)
+
+    def any(self, flag: bool | Tensor, axis: Axis = "world") -> bool:
+        """Whether it holds anywhere along the axis; the host waits."""
+        if self.extent(axis) == 1:
+            return bool(flag)
+        found = torch.as_tensor(flag, device=self.device).to(torch.int32)
+        return bool(self._reduced(found, axis, dist.ReduceOp.MAX))
+
+    @torch.no_grad()
+    def gather(self, t: Tensor, axis: Axis) -> Tensor:
+        """[n, *t.shape]: everyone's tensor, all of one shape, in the order of the axis."""
+        n = self.extent(axis)
+        if n == 1:
+            return t.unsqueeze(0)
+        out = t.new_empty(n * len(t), *t.shape[1:]) if t.ndim else t.new_empty(n)
+        _all_gather(out, t.contiguous().reshape(-1, *t.shape[1:]), self.group(axis))
+        self._count("all_gather", axis, (n - 1) * t.nbytes)
+        return out.view(n, *t.shape)
+
+    @torch.no_grad()
+    def gather_ragged(self, t: Tensor, axis: Axis) -> list[Tensor]:
+        """Everyone's tensor, whose first axes may differ in length; the host waits."""
+        if self.extent(axis) == 1:
+            return [t]
+        lengths = self.gather(torch.tensor([len(t)], device=self.device), axis).flatten().tolist()
+        padded = t.new_zeros(max(lengths), *t.shape[1:])
+        padded[: len(t)] = t
+        everyone = self.gather(padded, axis)
+        return [part[:n] for part, n in zip(everyone, lengths, strict=True)]
+
+    @torch.no_grad()
+    def scatter_sum(self, t: Tensor, axis: Axis) -> Tensor:
+        """This process's block of the sum over everyone's t, which holds n blocks of equal size."""
+        n = self.extent(axis)
+        if n == 1:
+            return t
+        out = t.new_empty(len(t) // n, *t.shape[1:])
+        _reduce_scatter(out, t.contiguous(), group=self.group(axis))
+        self._count("reduce_scatter", axis, (n - 1) * out.nbytes)
+        return out
+
+    @torch.no_grad()
+    def broadcast(self, t: Tensor, axis: Axis = "world") -> None:
+        """Everyone's t becomes that of the first along the axis."""
+        if self.extent(axis) > 1:
+            group = self.group(axis)
+            source = 0 if group is None else dist.get_global_rank(group, 0)
+            dense = t.contiguous()
+            dist.broadcast(dense, source, group)
+            t.copy_(dense)
+            self._count("broadcast", axis, t.nbytes)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do it on rank 0 only; everyone gets the result, or the exception."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, 0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def check_agreement(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError on every process if any of these differs between them."""
+        if self.size == 1:
+            return
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, facts)
+        for name, wanted in everyone[0].items():
+            for rank, other in enumerate(everyone):
+                if other.get(name) != wanted:
+                    raise ValueError(
+                        f"{name} must be the same on every process, got {wanted!r} on rank 0 and "
+                        f"{other.get(name)!r} on rank {rank}"
+                    )
+
+    @torch.no_grad()
+    def _reduced(self, t: Tensor, axis: Axis, op: Any) -> Tensor:
+        n = self.extent(axis)
+        if n == 1:
+            return t
+        out = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, op, self.group(axis))
+        self._count("all_reduce", axis, 2 * (n - 1) * t.nbytes // n)
+        return out
+
+    def _count(self, kind: str, axis: Axis, n_bytes: int) -> None:
+        self.sent[f"{kind} over {axis}"] += n_bytes
+
+
+def join_processes(
+    device: torch.device | str = "cpu", timeout_seconds: float = TIMEOUT_SECONDS
+) -> bool:
+    """Join the processes that torchrun started; False where it started none.
+
+    Raises:
+        RuntimeError: the others do not come within the time-out.
+    """
+    if dist.is_initialized():
+        return True
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo beside NCCL: checkpoints are written from the CPU while the GPU goes on.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return True
