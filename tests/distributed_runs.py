@@ -43,8 +43,8 @@ SAES = {
     "jumprelu-sparse": fastsae.JumpReLUConfig(
         **SHAPE,
         l0_coefficient=0.1,
-        jumprelu_init_threshold=1.5,
-        jumprelu_bandwidth=1.0,
+        jumprelu_init_threshold=0.25,
+        jumprelu_bandwidth=0.1,
         jumprelu_sparsity_loss_mode="quadratic",
         target_l0=5.0,
     ),
@@ -147,9 +147,9 @@ def run(case: str, mesh: Mesh | None) -> dict[str, Any]:
     mesh = trainer.mesh
     drawn = batches(case)
     trainer.initialise(*drawn[0])
-    dead = trainer.dead.since_fired
-    dead[: len(dead) // 3] = 10_000  # AuxK has something to do from the first step on
-    first = STEPS * B
+    # AuxK has something to do from the first step on.
+    latents = torch.tensor([*trainer.sae.latents])
+    trainer.dead.since_fired[latents < trainer.cfg.sae.d_sae // 3] = 10_000
     found: dict[str, Any] = {"losses": []}
     for number, batch in enumerate(drawn):
         size = B // mesh.size
@@ -159,7 +159,6 @@ def run(case: str, mesh: Mesh | None) -> dict[str, Any]:
         else:
             trainer.step(*mine)
         found["losses"].append(float(trainer._total))
-    assert first == trainer.dead.tokens
     found["fired"] = whole(trainer, "b_enc", trainer.dead.fired)
     found["weights"] = {
         name: whole(trainer, name, t.detach()) for name, t in trainer.sae.state_dict().items()

@@ -22,10 +22,17 @@ def whole_shape(sae: SAE, name: str, t: Tensor) -> list[int]:
     return shape
 
 
+def part_of_latents(sae: SAE, name: str, t: Tensor) -> Tensor:
+    """This shard's part of a whole dictionary's tensor like the parameter `name`.
+
+    What has one axis where the parameter has two is one number a latent.
+    """
+    axis = latent_axis(sae, name)
+    if axis is None or t.ndim == 0:
+        return t
+    return t.narrow(min(axis, t.ndim - 1), sae.latents.start, len(sae.latents))
+
+
 def shard_of(sae: SAE, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This shard's part of a whole dictionary's state."""
-    found: dict[str, Tensor] = {}
-    for name, t in state.items():
-        axis = latent_axis(sae, name)
-        found[name] = t if axis is None else t.narrow(axis, sae.latents.start, len(sae.latents))
-    return found
+    return {name: part_of_latents(sae, name, t) for name, t in state.items()}

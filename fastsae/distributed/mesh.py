@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -57,12 +58,21 @@ class Mesh:
         self.rank = dist.get_rank() if dp * tp > 1 else 0
         self.part, self.shard = divmod(self.rank, tp)
         self.devices: DeviceMesh | None = None
+        self.for_saving: dist.ProcessGroup | None = None
+        """All processes, apart from the training's collectives."""
         if dp * tp > 1:
             self.devices = init_device_mesh(
                 self.device.type, (dp, tp), mesh_dim_names=("dp", "tp")
             )
+            self.for_saving = dist.new_group(backend="gloo")
         self.sent: Counter[str] = Counter()
         """Bytes this process has sent, by kind of collective and axis, as ring algorithms do it."""
+
+    @cached_property
+    def by_latent(self) -> DeviceMesh:
+        """The same processes with the shards outside: rows are split by `tp`, and then by `dp`."""
+        ranks = torch.arange(self.size).view(self.dp, self.tp).t()
+        return DeviceMesh(self.device.type, ranks, mesh_dim_names=("tp", "dp"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         return self  # its processes exist once

@@ -18,20 +18,28 @@ from fastsae.saes.older_format import FORMAT_VERSION, from_before_6, is_of_versi
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+INDEX = "sae_weights.safetensors.index.json"
+"""Beside several files of weights, of a dictionary too large for one."""
 BESIDE = ("architecture", "device", "metadata", "reshape_activations", "use_sparse_activations")
 """Fields of a cfg.json that no configuration of ours need have."""
 
 
 def write_sae(sae: SAE, path: Path) -> tuple[Path, Path]:
     """Both files take their places together: a kill leaves the old SAE or the new one."""
+    weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+    with replacing_together(path) as temporary:
+        (temporary / CONFIG).write_text(config_of(sae))
+        save_file(weights, temporary / WEIGHTS)
+    (path / INDEX).unlink(missing_ok=True)
+    return path / WEIGHTS, path / CONFIG
+
+
+def config_of(sae: SAE) -> str:
+    """The text of its `cfg.json`."""
     config = sae.cfg.to_dict()
     config["device"] = "cpu"
     config["metadata"] = {"sae_lens_version": FORMAT_VERSION, **config["metadata"]}
-    weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
-    with replacing_together(path) as temporary:
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights, temporary / WEIGHTS)
-    return path / WEIGHTS, path / CONFIG
+    return json.dumps(config, indent=2) + "\n"
 
 
 def read_sae(path: Path, device: torch.device | str) -> SAE:
@@ -40,8 +48,8 @@ def read_sae(path: Path, device: torch.device | str) -> SAE:
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of a folder, in version 6's names whatever its version."""
-    config_file, weights_file = current(path / CONFIG), current(path / WEIGHTS)
-    if not (config_file.is_file() and weights_file.is_file()):
+    config_file, weights_files = current(path / CONFIG), _weights_files(path)
+    if not (config_file.is_file() and all(file.is_file() for file in weights_files)):
         raise FileNotFoundError(f"path must be a folder with {CONFIG} and {WEIGHTS}, got {path}")
     try:
         config = json.loads(config_file.read_text())
@@ -50,12 +58,20 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG} must be a JSON object, got {type(config).__name__}")
     try:
-        weights = load_file(weights_file)
+        weights = {name: t for file in weights_files for name, t in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is truncated or damaged: {error}") from error
     if is_of_version_6(config):
         return config, weights
     return from_before_6(config, weights, source=path)
+
+
+def _weights_files(path: Path) -> list[Path]:
+    index = current(path / INDEX)
+    if current(path / WEIGHTS).is_file() or not index.is_file():
+        return [current(path / WEIGHTS)]
+    names = json.loads(index.read_text())["weight_map"].values()
+    return [current(path / name) for name in sorted(set(names))]
 
 
 def build_sae(

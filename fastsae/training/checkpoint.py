@@ -6,13 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastsae.distributed.assembly import part_of_latents, shard_of
 from fastsae.files import replacing
 from fastsae.saes import SAE
 from fastsae.training.config import TrainConfig
+from fastsae.training import sharded_checkpoint
 from fastsae.training.memory_order import restore_memory_order
 
 if TYPE_CHECKING:
@@ -42,18 +45,28 @@ def save_checkpoint(trainer: "Trainer") -> Path:
         raise ValueError("steps_done must be at least 1 to save a checkpoint, got 0")
     folder = trainer.out / "checkpoints"
     path = _path(folder, trainer.steps_done)
-    if path.exists():  # of the same bits: it was resumed from, or written just before
+    if trainer.saves is not None:
+        trainer.saves.wait()
+    if trainer.mesh.on_first(path.exists):  # of the same bits: resumed from, or written just before
         return path
-    tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
-    tensors |= {f"scaling.{name}": t for name, t in trainer.scaling.state_dict().items()}
-    for name, parameter in trainer.sae.named_parameters():
-        state = trainer.optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     state = {
         "steps_done": trainer.steps_done,
         "training_seconds": trainer.training_seconds,
         "config": _config(trainer),
     }
+    if trainer.saves is not None:
+        trainer.saves.start(
+            sharded_checkpoint.tensors_of(trainer),
+            state,
+            path,
+            then=lambda: remove_old_checkpoints(folder, trainer.cfg),
+        )
+        return path
+    tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}
+    tensors |= {f"scaling.{name}": t for name, t in trainer.scaling.state_dict().items()}
+    for name, parameter in trainer.sae.named_parameters():
+        kept = trainer.optimizer.state[parameter]
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in kept.items()}
     for left_by_a_kill in folder.glob(".step-*"):
         shutil.rmtree(left_by_a_kill)
     with replacing(path) as temporary:
@@ -96,12 +109,13 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         FileNotFoundError: a file of the checkpoint is absent.
         ValueError: a file is damaged, or the run's configuration differs (the fields are named).
     """
-    for name in (STATE, TENSORS):
+    sharded = sharded_checkpoint.is_sharded(path)
+    for name in (STATE, sharded_checkpoint.METADATA if sharded else TENSORS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"path must be a checkpoint with {name}, got {path}")
     try:
         state = json.loads((path / STATE).read_text())
-        tensors = load_file(path / TENSORS)
+        tensors = {} if sharded else load_file(path / TENSORS)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     ours, theirs = _config(trainer), state["config"]
@@ -111,30 +125,48 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         raise ValueError(
             f"config must be the checkpoint's to resume, got other values of {listing}"
         )
-    saved = SAE.load_from_disk(path, device=trainer.device)
-    trainer.sae.load_state_dict(saved.state_dict())
+    if sharded:
+        sharded_checkpoint.load(trainer, path)
+    else:
+        _load_whole(trainer, path, tensors)
     trainer.copy_weights()
-    for name, parameter in trainer.sae.named_parameters():
+    trainer.steps_done = state["steps_done"]
+    trainer.training_seconds = state["training_seconds"]
+
+
+def _load_whole(trainer: "Trainer", path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint of one process; each of several takes its part."""
+    sae = trainer.sae
+    saved = SAE.load_from_disk(path, device=trainer.device if sae.shards is None else "cpu")
+    sae.load_state_dict(shard_of(sae, saved.state_dict()))
+    for name, parameter in sae.named_parameters():
         prefix = f"optimizer.{name}."
         trainer.optimizer.state[parameter] = {
-            key.removeprefix(prefix): _optimizer_state(trainer, parameter, tensor)
+            key.removeprefix(prefix): _optimizer_state(trainer, name, parameter, tensor)
             for key, tensor in tensors.items()
             if key.startswith(prefix)
         }
     for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
         part.load_state_dict(
-            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            {
+                k.removeprefix(prefix): part_of_latents(sae, "b_enc", t) if prefix == "dead." else t
+                for k, t in tensors.items()
+                if k.startswith(prefix)
+            }
         )
-    trainer.steps_done = state["steps_done"]
-    trainer.training_seconds = state["training_seconds"]
 
 
-def _optimizer_state(trainer: "Trainer", parameter: Tensor, saved: Tensor) -> Tensor:
+def _optimizer_state(trainer: "Trainer", name: str, parameter: Tensor, saved: Tensor) -> Tensor:
     """One tensor of a parameter's state, where and how its optimizer keeps it."""
+    saved = part_of_latents(trainer.sae, name, saved)
+    if saved.ndim and trainer.optimizer.holds_owned_rows(parameter):
+        rows = saved.t() if name == "W_enc" and saved.ndim == 2 else saved
+        mine = rows[trainer.optimizer.owned_rows(len(rows))]
+        return mine.clone(memory_format=torch.contiguous_format).to(parameter.device)
     if saved.shape == parameter.shape:
         return restore_memory_order(parameter, saved)
     at_home = saved.ndim > 0 or trainer.optimizer.counts_on_device
-    return saved.to(parameter.device if at_home else "cpu")
+    return saved.to(parameter.device if at_home else "cpu", copy=True)
 
 
 def _config(trainer: "Trainer") -> dict[str, object]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsae.distributed.watch import watched
 from fastsae.training.checkpoint import (
     latest_checkpoint,
     remove_old_checkpoints,
@@ -41,9 +42,10 @@ def fit_together(
         stopped = lambda: False
         if one.out is not None:
             stopped = stack.enter_context(stop_requested())
+        stack.enter_context(watched(one.mesh, lambda: one.steps_done))
         for trainer in trainers.values():
             stack.enter_context(trainer.tracked())
-        iterator = iter(batches)
+        iterator, asked_to_stop = iter(batches), False
         while one.steps_done < one.cfg.total_steps:
             batch = next(iterator, None)
             if batch is None:
@@ -56,20 +58,31 @@ def fit_together(
                     progress(name, trainer.metrics)
             if one.is_saved(one.steps_done):
                 save_together(trainers.values())
-            if stopped():
+            if one.mesh.size == 1 or one.is_logged(one.steps_done):  # when all processes ask
+                asked_to_stop = one.mesh.any(stopped())
+            if asked_to_stop:
                 for trainer in trainers.values():
                     trainer.check_loss()
                 where = ", ".join(str(path) for path in save_together(trainers.values()))
+                settle(trainers.values())
                 raise Interrupted(f"stopped after step {one.steps_done}, saved in {where}")
         if one.out is not None and one.cfg.checkpoint_at_end:
             save_together(trainers.values())
+        settle(trainers.values())
+
+
+def settle(trainers: Iterable[Trainer]) -> None:
+    """Wait until what was saved is on disk."""
+    for trainer in trainers:
+        trainer.settle()
 
 
 def save_together(trainers: Iterable[Trainer]) -> list[Path]:
     """A checkpoint of each; then older ones beyond `keep_checkpoints` are removed."""
     saved = [(trainer, save_checkpoint(trainer)) for trainer in trainers]
     for trainer, path in saved:
-        remove_old_checkpoints(path.parent, trainer.cfg)
+        if trainer.saves is None:
+            remove_old_checkpoints(path.parent, trainer.cfg)
     return [path for _, path in saved]
 
 

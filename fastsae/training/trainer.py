@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.device import resolve_device
 from fastsae.distributed.assembly import shard_of, whole_shape
+from fastsae.distributed.export import write_shards
 from fastsae.distributed.gradients import Parts
 from fastsae.distributed.mesh import Mesh
 from fastsae.distributed.shards import LatentShards
+from fastsae.files import replacing
 from fastsae.saes import SAE, SAES, SAELoss
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training.centre import CENTRES
@@ -30,6 +33,7 @@ from fastsae.training.optimizer import build_optimizer, compute_copies
 from fastsae.training.resampling import resample
 from fastsae.training.scaling import build_scaling
 from fastsae.training.schedule import lr_factor
+from fastsae.training.sharded_checkpoint import SavesBehind
 from fastsae.training.split import check_split, exchange_of
 from fastsae.training.trackers import Tracker, trackers_of
 
@@ -92,6 +96,7 @@ class Trainer:
             check_fits(self.sae, start)
         self.start = start
         self.out = out
+        self.saves = SavesBehind(mesh) if mesh.size > 1 else None
         self.log = RunLog(None if out is None else out / "metrics.jsonl")
         self.metrics: dict[str, Any] = {}
         self.training_seconds = 0.0
@@ -283,6 +288,19 @@ class Trainer:
             sae.fold_W_dec_norm()
         return sae.inference_form()
 
+    def write_sae(self, folder: Path) -> None:
+        """Write the SAE as it is exported, in SAELens's format, with how often each latent fired.
+
+        Of several processes each writes its own latents.
+        """
+        sae = self.export()
+        if self.mesh.size == 1:
+            sae.save_model(folder)
+        else:
+            write_shards(sae, self.mesh, folder)
+        sparsity = self.log_sparsity().float().cpu()
+        self.mesh.on_first(lambda: write_sparsity(folder, sparsity))
+
     def log_sparsity(self) -> Float[Tensor, " F"]:
         """log10 of each latent's firing frequency over the run."""
         return torch.log10(self.density() + NEVER_FIRED_FREQUENCY)
@@ -298,12 +316,20 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint under `out`; False, from the start, without one."""
-        path = None if self.out is None else latest_checkpoint(self.out / "checkpoints")
+        out = self.out
+        path = None
+        if out is not None:
+            path = self.mesh.on_first(lambda: latest_checkpoint(out / "checkpoints"))
         if path is not None:
             load_checkpoint(self, path)
-        self.log.truncate(self.steps_done)
+        self.mesh.on_first(lambda: self.log.truncate(self.steps_done))
         self.metrics = self.log.last()
         return path is not None
+
+    def settle(self) -> None:
+        """Wait until the checkpoints that were saved are on disk."""
+        if self.saves is not None:
+            self.saves.wait()
 
     def is_logged(self, step: int) -> bool:
         return step % self.cfg.log_every == 0 or step in (1, self.cfg.total_steps)
@@ -358,6 +384,11 @@ class Trainer:
             f"activations must be finite, got NaN or inf in {n_bad} rows of the batch at "
             f"step {step}, {where}"
         )
+
+
+def write_sparsity(folder: Path, log_sparsity: Float[Tensor, " F"]) -> None:
+    with replacing(folder / "sparsity.safetensors") as temporary:
+        save_file({"sparsity": log_sparsity}, temporary)
 
 
 def joined(losses: list[SAELoss]) -> SAELoss:

@@ -1,0 +1,104 @@
+"""Who is missing when a collective fails: every process says once a second how far it is."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from fastsae.distributed.mesh import Mesh
+
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 3.5
+"""Without a beat for so long, a process is taken for dead."""
+OF_COLLECTIVES = ("gloo", "NCCL", "onnection", "imed out", "timeout", "process group")
+"""What the messages of torch's errors have in common, where another process is the cause."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process died or hangs; the message says which."""
+
+
+@contextmanager
+def watched(mesh: Mesh, step: Callable[[], int]) -> Iterator[None]:
+    """Inside this context a collective that fails raises `ProcessLost`, which names the cause.
+
+    Args:
+        step: how far this process is.
+    """
+    if mesh.size == 1:
+        yield
+        return
+    beat = _Heartbeat(mesh, step)
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if not isinstance(error, dist.DistError) and not any(t in message for t in OF_COLLECTIVES):
+            raise
+        first = message.strip().partition("\n")[0]
+        raise ProcessLost(f"{beat.verdict()}; resume from the last checkpoint ({first})") from error
+    finally:
+        beat.stop()
+
+
+class _Heartbeat:
+    def __init__(self, mesh: Mesh, step: Callable[[], int]) -> None:
+        self.mesh, self.step = mesh, step
+        # A connection of its own: the default one is busy while a collective waits.
+        self.store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=10),
+        )
+        self._over = threading.Event()
+        self._beat()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            try:
+                self._beat()
+            except RuntimeError:  # the store went with its process
+                return
+
+    def _beat(self) -> None:
+        here = {"time": time.time(), "step": self.step(), "pid": os.getpid()}
+        here["host"] = socket.gethostname()
+        self.store.set(f"fastsae/{self.mesh.rank}", json.dumps(here))
+
+    def verdict(self) -> str:
+        """Who is silent, or else who is behind."""
+        time.sleep(SILENT_SECONDS)
+        beats: dict[int, dict[str, Any]] = {}
+        try:
+            for rank in range(self.mesh.size):
+                beats[rank] = json.loads(self.store.get(f"fastsae/{rank}"))
+        except RuntimeError:
+            return "rank 0, which keeps the store of the processes, is gone"
+        now = time.time()
+        silent = {r: b for r, b in beats.items() if now - b["time"] > SILENT_SECONDS - BEAT_SECONDS / 2}
+        if silent:
+            return "dead: " + ", ".join(_named(r, b, now) for r, b in silent.items())
+        last = min(b["step"] for b in beats.values())
+        behind = {r: b for r, b in beats.items() if b["step"] == last}
+        if len(behind) == len(beats):
+            return f"all processes are alive at step {last}, and one does not answer"
+        return "behind: " + ", ".join(_named(r, b, now) for r, b in behind.items())
+
+
+def _named(rank: int, beat: dict[str, Any], now: float) -> str:
+    ago = now - beat["time"]
+    return f"rank {rank} (pid {beat['pid']} on {beat['host']}), heard of {ago:.0f} s ago at step {beat['step']}"

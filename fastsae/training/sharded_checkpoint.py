@@ -1,0 +1,181 @@
+"""A checkpoint of several processes: each writes what it holds, any number of others reads it.
+
+The folder is one of `torch.distributed.checkpoint`, with the run's `trainer_state.json` beside.
+Tensors are in it as those of the whole dictionary, one latent a row, so that neither the mesh that
+wrote it nor the one that reads it shows.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fastsae.distributed.assembly import latent_axis
+from fastsae.distributed.mesh import Mesh
+
+if TYPE_CHECKING:
+    from fastsae.training.trainer import Trainer
+
+METADATA = ".metadata"
+"""Written last, by torch."""
+
+
+class SavesBehind:
+    """Checkpoints that are written while the training goes on, one at a time."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._pending: Future[Any] | None = None
+        self._renamed: Future[None] | None = None
+
+    def start(
+        self, tensors: dict[str, Tensor], state: dict[str, Any], path: Path, then: Callable[[], None]
+    ) -> None:
+        """Copy the tensors and have them written; `path` appears once all processes have written.
+
+        Args:
+            then: called on rank 0 after that.
+        """
+        self.wait()
+        temporary = path.with_name(f".{path.name}.saving")
+        self.mesh.on_first(partial(_empty_folder, temporary, state))
+        made = dcp.async_save(
+            tensors, checkpoint_id=temporary, process_group=self.mesh.for_saving
+        )
+        assert isinstance(made, Future)
+        self._pending = made
+        if self.mesh.is_first:
+            self._renamed = Future()
+            made.add_done_callback(partial(self._appear, temporary, path, then, self._renamed))
+
+    def _appear(
+        self,
+        temporary: Path,
+        path: Path,
+        then: Callable[[], None],
+        renamed: "Future[None]",
+        written: "Future[Any]",
+    ) -> None:
+        """On rank 0, whose part is done when everybody's is."""
+        try:
+            written.result()
+            os.replace(temporary, path)
+            then()
+            renamed.set_result(None)
+        except BaseException as error:  # handed to the one that waits
+            renamed.set_exception(error)
+
+    def wait(self) -> None:
+        """Until what was started is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        self._pending.result()
+        if self._renamed is not None:
+            self._renamed.result()
+        self._pending = self._renamed = None
+        self.mesh.any(False)  # nobody looks for it before it is there
+
+
+def _empty_folder(temporary: Path, state: dict[str, Any]) -> None:
+    for left_by_a_kill in temporary.parent.glob(".step-*"):
+        shutil.rmtree(left_by_a_kill)
+    temporary.mkdir(parents=True)
+    (temporary / "trainer_state.json").write_text(json.dumps(state, indent=2))
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / METADATA).is_file()
+
+
+def tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
+    """All that a resumed run needs, as `torch.distributed.checkpoint` takes it."""
+    found = {f"sae.{n}": placed(trainer, n, t) for n, t in trainer.sae.state_dict().items()}
+    for name, parameter in trainer.sae.named_parameters():
+        owned = trainer.optimizer.holds_owned_rows(parameter)
+        for key, t in trainer.optimizer.state[parameter].items():
+            found[f"optimizer.{name}.{key}"] = (
+                t.reshape(()) if t.ndim == 0 else placed(trainer, name, t, owned=owned)
+            )
+    for name, t in trainer.dead.state_dict().items():
+        found[f"dead.{name}"] = t if t.ndim == 0 else placed(trainer, "b_enc", t)
+    return found | {f"scaling.{n}": t for n, t in trainer.scaling.state_dict().items()}
+
+
+def placed(trainer: "Trainer", name: str, t: Tensor, *, owned: bool = False) -> Tensor:
+    """`t`, this process's part of a tensor like the parameter `name`, within the whole of it.
+
+    Args:
+        owned: whether it holds the rows that this process updates only.
+    """
+    t, mesh = t.detach(), trainer.mesh
+    if latent_axis(trainer.sae, name) is None:
+        return t
+    rows = t.t() if name == "W_enc" and t.ndim == 2 and not owned else t
+    if mesh.size == 1:
+        return rows
+    shape = torch.Size([trainer.cfg.sae.d_sae, *rows.shape[1:]])
+    return DTensor.from_local(
+        rows,
+        mesh.by_latent,
+        [Shard(0), Shard(0) if owned else Replicate()],
+        run_check=False,
+        shape=shape,
+        stride=rows.stride() if rows.ndim > 1 else (1,),
+    )
+
+
+def load(trainer: "Trainer", path: Path) -> None:
+    """Read tensors into a trainer on any mesh."""
+    recorded = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, parameter in trainer.sae.named_parameters():
+        prefix = f"optimizer.{name}."
+        wanted = {k.removeprefix(prefix): m for k, m in recorded.items() if k.startswith(prefix)}
+        trainer.optimizer.state[parameter] = {
+            key: _room(trainer, name, parameter, torch.Size(m.size), m.properties.dtype)
+            for key, m in wanted.items()
+        }
+    tensors = tensors_of(trainer)  # those of the SAE and the optimizer are read in place
+    for name, m in recorded.items():
+        if name.startswith("scaling."):  # only a fit, or a file, knows their sizes
+            tensors[name] = torch.zeros(m.size, dtype=m.properties.dtype, device=trainer.device)
+    try:
+        dcp.load(tensors, checkpoint_id=path, no_dist=trainer.mesh.size == 1)
+    except CheckpointException as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
+        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        part.load_state_dict(
+            {k: t.to_local() if isinstance(t, DTensor) else t for k, t in state.items()}
+        )
+
+
+def _room(
+    trainer: "Trainer", name: str, parameter: Tensor, size: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """An empty tensor of a parameter's state, as this process keeps it."""
+    if len(size) == 0:
+        device = parameter.device if trainer.optimizer.counts_on_device else "cpu"
+        return torch.zeros((), dtype=dtype, device=device)
+    if latent_axis(trainer.sae, name) is None:
+        return torch.zeros(size, dtype=dtype, device=parameter.device)
+    n_rows = len(trainer.sae.latents)
+    owned = trainer.optimizer.holds_owned_rows(parameter)
+    if owned:
+        here = trainer.optimizer.owned_rows(n_rows)
+        n_rows = here.stop - here.start
+    rows = torch.zeros(n_rows, *size[1:], dtype=dtype, device=parameter.device)
+    return rows.t() if name == "W_enc" and rows.ndim == 2 and not owned else rows
