@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fastsae.data import harvest, load_language_model, load_text, resolve_hook, 
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.text import split_documents
 from fastsae.device import resolve_device
+from fastsae.distributed.mesh import is_one_of_several, leave_processes
 from fastsae.evaluation.diagnosis import Verdict, verdict_table
 from fastsae.evaluation.evaluate import comparison_table, evaluate_several, report_table
 from fastsae.extras import require
@@ -93,6 +95,7 @@ def train(run: LanguageModelRun) -> None:
     a harvest; evaluate, save and picture it."""
     with ProgressBar() as bar:
         trained = train_side_by_side(run, bar, print)
+    leave_processes()
     for name, one in trained.items():
         if name:
             print(f"\n{name}")
@@ -334,7 +337,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"fastsae: {interrupted}; go on with --resume", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"fastsae: error: {error}", file=sys.stderr)
+        print(f"fastsae: error: {error}", file=sys.stderr, flush=True)
+        if is_one_of_several():  # what waits for the others would never end
+            os._exit(1)
         sys.exit(1)
 
 

@@ -39,9 +39,10 @@ class ShardedRows:
         hook: one of its hooks.
         window_rows: rows that are shuffled together, at most, in whole shards (at least one).
         ahead: batches that are read before their use, on another thread; it changes none of them.
+        part, parts: yield the part-th of so many equal parts of each batch only, and read no other.
 
     Raises:
-        ValueError: the hook is not there, or fewer rows than a batch has.
+        ValueError: the hook is not there, fewer rows than a batch has, or parts that are not equal.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class ShardedRows:
         *,
         window_rows: int = WINDOW_ROWS,
         ahead: int = BATCHES_AHEAD,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         self.shards, self.hook = shards, shards.check_hook(hook)
         self.sizes = [shard.rows for shard in shards.index.shards]
@@ -64,6 +67,12 @@ class ShardedRows:
             raise ValueError(f"window_rows must be at least 1, got {window_rows}")
         self.batch_size, self.seed = batch_size, seed
         self.window_rows, self.ahead = window_rows, ahead
+        if not 0 <= part < parts or batch_size % parts:
+            raise ValueError(
+                f"parts must divide batch_size {batch_size}, got part {part} of {parts}"
+            )
+        size = batch_size // parts
+        self._mine = range(part * size, (part + 1) * size)
 
     def sample(self, n_rows: int) -> Float[Tensor, "n D"]:
         """About so many rows, at equal distances over all shards."""
@@ -83,7 +92,10 @@ class ShardedRows:
             self.shards.will_read([*window.shards, *following.shards])
             files = [_bits(self.shards.rows(self.hook, shard)) for shard in window.shards]
             for part in _cut(window.order, self.batch_size, self.batch_size - filled):
-                _gather(files, part, _bits(batch[filled : filled + len(part)]))
+                # In the order of the files, of which a part of a batch is a run.
+                mine = part.sort().values[_overlap(self._mine, filled, len(part))]
+                start = max(0, filled - self._mine.start)
+                _gather(files, mine, _bits(batch[start : start + len(mine)]))
                 filled += len(part)
                 if filled == self.batch_size:
                     yield batch
@@ -118,7 +130,12 @@ class ShardedRows:
 
     def _empty(self) -> Tensor:
         width, pinned = self.shards.index.widths[self.hook], torch.cuda.is_available()
-        return torch.empty(self.batch_size, width, dtype=self.shards.dtype, pin_memory=pinned)
+        return torch.empty(len(self._mine), width, dtype=self.shards.dtype, pin_memory=pinned)
+
+
+def _overlap(wanted: range, first: int, n: int) -> slice:
+    """Which of n things, of which the first has a number, are wanted."""
+    return slice(max(0, wanted.start - first), max(0, min(n, wanted.stop - first)))
 
 
 def _cut(order: Tensor, size: int, first: int) -> Iterator[Tensor]:
@@ -128,8 +145,7 @@ def _cut(order: Tensor, size: int, first: int) -> Iterator[Tensor]:
 
 
 def _gather(files: list[np.ndarray], rows: Tensor, out: np.ndarray) -> None:
-    """Copy rows, counted over the files, in ascending order."""
-    rows = rows.sort().values
+    """Copy rows, counted over the files, that ascend."""
     starts = [0, *accumulate(map(len, files))]
     edges = torch.searchsorted(rows, torch.tensor(starts)).tolist()
     for file, start, first, last in zip(files, starts, edges, edges[1:], strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,8 @@ class StreamedRows:
         buffer_rows: in memory for each hook, at least 2 batches.
         mixing: fraction of the buffer that stays from round to round, in [0, 1).
         ahead: passes of the model that are made ahead, on another thread; it changes no batch.
+        part, parts: run over every parts-th context only, from the part-th on: several processes
+            share the text.
 
     Raises:
         ValueError: a number breaks the rule it names.
@@ -57,6 +59,8 @@ class StreamedRows:
         buffer_rows: int,
         mixing: float = 0.5,
         ahead: int = PASSES_AHEAD,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         if not 0 <= mixing < 1:
             raise ValueError(f"mixing must be in [0, 1), got {mixing}")
@@ -69,6 +73,7 @@ class StreamedRows:
         self.lm, self.hooks, self.text = lm, list(hooks), text
         self.batch_size, self.seed, self.ahead = batch_size, seed, ahead
         self.context_size, self.buffer_rows = context_size, buffer_rows
+        self.part, self.parts = part, parts
         # Now, by a pass of one token: later another thread may be running the model.
         self._widths = {hook.name: d_at(lm, hook) for hook in self.hooks}
         medians = [median_norms[hook.name] for hook in self.hooks]
@@ -92,6 +97,7 @@ class StreamedRows:
         n_contexts = default_batch_contexts(self.lm.device, self.context_size)
         while True:
             contexts = token_contexts(self.text, self.lm.tokenizer, context_size=self.context_size)
+            contexts = islice(contexts, self.part, None, self.parts)
             empty = True
             for part in self._passes(token_batches(contexts, n_contexts)):
                 empty = empty and not len(part.context)

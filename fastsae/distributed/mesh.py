@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,21 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 600.0
 """After which a process that does not answer ends the run."""
+
+
+class Extent(NamedTuple):
+    """How many processes a mesh has, without any: what can be planned."""
+
+    dp: int = 1
+    tp: int = 1
+    part: int = 0
+    shard: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.tp
 
 
 class Mesh:
@@ -198,22 +211,52 @@ class Mesh:
         self.sent[f"{kind} over {axis}"] += n_bytes
 
 
+def is_one_of_several() -> bool:
+    """Whether `join_processes` found others."""
+    return dist.is_initialized()
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def leave_processes() -> None:
+    """End what `join_processes` began, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def join_processes(
     device: torch.device | str = "cpu", timeout_seconds: float = TIMEOUT_SECONDS
-) -> bool:
-    """Join the processes that torchrun started; False where it started none.
+) -> int:
+    """Join the processes that torchrun started; how many there are.
 
     Raises:
         RuntimeError: the others do not come within the time-out.
     """
     if dist.is_initialized():
-        return True
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
+        return dist.get_world_size()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 1
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # gloo beside NCCL: checkpoints are written from the CPU while the GPU goes on.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return True
+    timeout = timedelta(seconds=timeout_seconds)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps the store when it starts processes again: what the ones before wrote there,
+        # addresses that nobody answers at, must not be found.
+        kept = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", kept)
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timeout
+        )
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    return world

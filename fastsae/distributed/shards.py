@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsae.distributed.mesh import Axis, Mesh
+from fastsae.distributed.mesh import Extent, Mesh
 
 DIGIT_BITS = 8
 """Of a key that one round of a selection over all processes decides."""
@@ -21,14 +21,15 @@ def range_of(n: int, parts: int, part: int) -> range:
 
 
 class LatentShards:
-    """`fastsae.saes.sharding.Sharding` over a mesh.
+    """`fastsae.saes.sharding.Sharding` over a mesh, or a shape without numbers over an `Extent`.
 
     Raises:
         ValueError: there are too few latents for every shard to have one.
     """
 
-    def __init__(self, mesh: Mesh, d_sae: int) -> None:
-        self.mesh, self.d_sae = mesh, d_sae
+    def __init__(self, mesh: Mesh | Extent, d_sae: int) -> None:
+        self.mesh: Any = mesh
+        self.d_sae = d_sae
         self.latents = range_of(d_sae, mesh.tp, mesh.shard)
         self.widest = len(range_of(d_sae, mesh.tp, 0))
         if not range_of(d_sae, mesh.tp, mesh.tp - 1):

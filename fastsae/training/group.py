@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastsae.distributed.mesh import Mesh
 from fastsae.saes import SAE
 from fastsae.training.checkpoint import checkpoint_steps, remove_checkpoint
 from fastsae.training.config import TrainConfig
@@ -28,6 +29,7 @@ class TrainerGroup:
         device: `auto`, or where to compute.
         out: folder of the runs' folders; None: nothing is written.
         starts: trained SAEs that some of the runs start from, by name.
+        mesh: the processes that train all of them together, as in `Trainer`.
 
     Raises:
         ValueError: no run, a name that is no folder's, or runs that do not agree.
@@ -40,6 +42,7 @@ class TrainerGroup:
         device: torch.device | str = "auto",
         out: Path | None = None,
         starts: Mapping[str, SAE] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         if not cfgs:
             raise ValueError("cfgs must hold at least one run, got none")
@@ -52,6 +55,7 @@ class TrainerGroup:
                 device=device,
                 out=None if out is None else out / name,
                 start=(starts or {}).get(name),
+                mesh=mesh,
             )
             for name, cfg in cfgs.items()
         }
@@ -93,7 +97,8 @@ class TrainerGroup:
             ValueError, FileExistsError, OutOfMemory, Interrupted: as in `Trainer.fit`.
         """
         cfgs = {name: trainer.cfg for name, trainer in self.trainers.items()}
-        with explained(MemoryPlan(cfgs, next(iter(self.trainers.values())).device)):
+        one = next(iter(self.trainers.values()))
+        with explained(MemoryPlan(cfgs, one.device, mesh=one.mesh)):
             fit_together(self.trainers, batches, sample, progress)
         return {name: trainer.finish() for name, trainer in self.trainers.items()}
 
@@ -103,6 +108,13 @@ class TrainerGroup:
         Newer ones, which some had written when a kill came, are removed: they are made again, of
         the same bits.
         """
+        one = next(iter(self.trainers.values()))
+        step = one.mesh.on_first(self._back_to_one_step)
+        for trainer in self.trainers.values():
+            trainer.resume()
+        return step > 0
+
+    def _back_to_one_step(self) -> int:
         folders = {n: t.out / "checkpoints" for n, t in self.trainers.items() if t.out is not None}
         found = {name: checkpoint_steps(folder) for name, folder in folders.items()}
         common = set.intersection(*map(set, found.values())) if found else set()
@@ -110,6 +122,4 @@ class TrainerGroup:
         for name, steps in found.items():
             for newer in (s for s in steps if s > step):
                 remove_checkpoint(folders[name], newer)
-        for trainer in self.trainers.values():
-            trainer.resume()
-        return step > 0
+        return step

@@ -5,21 +5,21 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 
 from fastsae.data import Activations, LanguageModel
 from fastsae.device import resolve_device
+from fastsae.distributed.mesh import TIMEOUT_SECONDS, Mesh, join_processes, restarted
 from fastsae.evaluation.diagnosis import diagnose
-from fastsae.files import replacing, write_json
+from fastsae.files import write_json
 from fastsae.interop.formats import load_sae
 from fastsae.saes import SAE, SAES
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training import defaults
 from fastsae.training.centre import Centre
-from fastsae.training.config import OptimizerConfig, Tracking, TrainConfig
+from fastsae.training.config import Exchanged, OptimizerConfig, Tracking, TrainConfig
 from fastsae.training.group import TrainerGroup
 from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.row_sources import FROM_SHARDS, ModelSource, ShardSource, row_source
@@ -27,6 +27,8 @@ from fastsae.training.run_folder import as_json, open_folder
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 from fastsae.training.trackers import check_installed
 from fastsae.training.trainer import Trainer
+
+Distribution = Literal["split", "layers"]
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with the stage, what is done, what there is to do, and figures worth showing."""
@@ -99,10 +101,23 @@ class LanguageModelRun:
     """Further SAEs, trained side by side on the same batches: for each what differs, such as
     "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE and the optimizer.
     Each has its folder."""
+    dp: int = 1
+    """Processes among which each batch is split, of those that torchrun starts."""
+    tp: int = 1
+    """Processes among which the dictionary is split, by latent; dp * tp processes in all."""
+    exchange: Exchanged = "auto"
+    """What processes that have parts of a batch send each other: `pairs`, dense `rows` of the
+    gradient, or the fewer bytes."""
+    distribute: Distribution = "split"
+    """What several processes share: each SAE (`split`, by dp and tp), or the list of SAEs (`layers`):
+    then every process trains some of those in `also` whole, and dp and tp stay 1."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """After which a process that does not answer ends the run."""
     seed: int = 0
     device: str = "auto"
     resume: bool = False
-    """Continue from the newest checkpoint in `out`, to the same bits."""
+    """Continue from the newest checkpoint in `out`, to the same bits; so does a run that torchrun's
+    `--max-restarts` started again."""
 
     def __post_init__(self) -> None:
         if self.layer is not None and self.hook is not None:
@@ -116,6 +131,14 @@ class LanguageModelRun:
             raise ValueError(
                 f"variant must reconstruct its input, got {self.variant!r}: a transcoder trains "
                 "with Trainer, on pairs of rows and targets"
+            )
+        if self.distribute not in get_args(Distribution):
+            raise ValueError(
+                f"distribute must be one of {list(get_args(Distribution))}, got {self.distribute!r}"
+            )
+        if self.distribute == "layers" and (self.dp, self.tp) != (1, 1):
+            raise ValueError(
+                f"dp and tp must be 1 with distribute 'layers', got {self.dp} and {self.tp}"
             )
         if self.activations is not None:
             for f in fields(LanguageModelRun):
@@ -178,18 +201,25 @@ def train_side_by_side(
 ) -> dict[str, Trained]:
     """The same for the SAE of the run and those in `also`, by the names of their folders.
 
-    Activations are harvested once a hook, and every SAE of it gets the same batches.
+    Activations are harvested once a hook, and every SAE of it gets the same batches. Of several
+    processes all make this call; the first evaluates and returns SAEs that are split, the others
+    return none.
 
     Args:
         say: called with what is known before the work starts: the memory it will take.
     """
-    tell = progress or (lambda *_: None)
+    if restarted():
+        run = replace(run, resume=True)
     timings: dict[str, float] = {}
     check_installed(run.log_to)
-    open_folder(run)
     device = resolve_device(run.device)
-    source = row_source(run, device)
-    runs = runs_of(run)
+    world = Mesh(dp=join_processes(device, run.timeout_seconds), device=device)
+    mesh = _mesh(run, world, device)
+    tell: Progress = progress if progress is not None and world.is_first else lambda *_: None
+    world.check_agreement(as_json(run))
+    world.on_first(lambda: open_folder(run))
+    source = row_source(run, device, mesh)
+    runs = _runs_here(run, world)
     hooks = {name: source.place(one) for name, one in runs.items()}
     places = set(hooks.values())
     starts = {
@@ -200,8 +230,8 @@ def train_side_by_side(
     cfgs = {
         name: _config(run, one, source, hooks[name], starts.get(name)) for name, one in runs.items()
     }
-    plan = MemoryPlan(cfgs, device, source.held_bytes(places), source.halved)
-    if say is not None:
+    plan = MemoryPlan(cfgs, device, source.held_bytes(places), source.halved, mesh)
+    if say is not None and world.is_first:
         say(plan.table() if plan.fits else f"{plan.table()}\n{plan.advice()}")
     with explained(plan):
         started = time.perf_counter()
@@ -209,8 +239,9 @@ def train_side_by_side(
         timings["harvest"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        group = TrainerGroup(cfgs, device=device, out=run.out, starts=starts)
-        write_json(run.out / "run.json", as_json(run))
+        group = TrainerGroup(cfgs, device=device, out=run.out, starts=starts, mesh=mesh)
+        if world.is_first:
+            write_json(run.out / "run.json", as_json(run))
         if run.resume:
             group.resume()
         total, first = run.tokens, next(iter(runs))
@@ -223,8 +254,16 @@ def train_side_by_side(
                     tell("train", line["tokens"], total, line) if n == first else None
                 ),
             )
+        for name, trainer in group.trainers.items():
+            trainer.write_sae(run.out / name / "sae")
         timings["train"] = time.perf_counter() - started
 
+    densities = {name: trainer.density() for name, trainer in group.trainers.items()}
+    if not mesh.is_first:
+        return {}
+    if mesh.size > 1:  # shards: read what all have written together
+        folders = {name: run.out / name / "sae" for name in runs}
+        saes = {n: SAE.load_from_disk(folder, device=device) for n, folder in folders.items()}
     started = time.perf_counter()
     reports: dict[str, dict[str, Any]] = {}
     for hook in places:
@@ -236,6 +275,7 @@ def train_side_by_side(
             run.out / name,
             group.trainers[name],
             saes[name],
+            densities[name],
             reports[name],
             source.lm,
             source.held_out(hooks[name]),
@@ -249,20 +289,43 @@ def _finish(
     out: Path,
     trainer: Trainer,
     sae: SAE,
+    density: torch.Tensor,
     report: dict[str, Any],
     lm: LanguageModel | None,
     held_out: Activations | None,
     timings: dict[str, float],
 ) -> Trained:
-    """Save an SAE and its evaluation."""
-    sae.save_model(out / "sae")
-    with replacing(out / "sae" / "sparsity.safetensors") as temporary:
-        save_file({"sparsity": trainer.log_sparsity().float().cpu()}, temporary)
+    """Save an SAE's evaluation."""
     report["training"] = trainer.metrics
     report["verdicts"] = [asdict(v) for v in diagnose(trainer.cfg.sae, report)]
     write_json(out / "eval.json", report)
-    density = trainer.dead.fired / max(1, trainer.dead.tokens)
     return Trained(sae, report, lm, held_out, density, timings)
+
+
+def _mesh(run: LanguageModelRun, world: Mesh, device: torch.device) -> Mesh:
+    """The processes that train an SAE together."""
+    if run.distribute == "layers":
+        return Mesh(device=device)
+    if run.dp * run.tp != world.size:
+        raise ValueError(
+            f"dp * tp must be the number of processes, got {run.dp} * {run.tp} and {world.size} "
+            f"processes; start with: torchrun --nproc-per-node {run.dp * run.tp} -m fastsae train"
+            " ..."
+        )
+    return Mesh(run.dp, run.tp, device)
+
+
+def _runs_here(run: LanguageModelRun, world: Mesh) -> dict[str, LanguageModelRun]:
+    """Those of the SAEs that this process trains, alone or with all others."""
+    runs = runs_of(run)
+    if run.distribute == "split":
+        return runs
+    if len(runs) < world.size:
+        raise ValueError(
+            f"also must give every process an SAE with distribute 'layers', got {len(runs)} for "
+            f"{world.size} processes"
+        )
+    return dict([*runs.items()][world.rank :: world.size])
 
 
 def _batches(
@@ -301,6 +364,7 @@ def _config(
         b_dec_init=one.b_dec_init,
         keep_every=run.keep_every,
         resample_every=one.resample_every,
+        exchange=run.exchange,
         log_to=run.log_to,
         project=run.project,
         seed=one.seed,

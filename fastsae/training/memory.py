@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from fastsae.distributed.mesh import Extent, Mesh
+from fastsae.distributed.shards import LatentShards, range_of
 from fastsae.saes import SAES
 from fastsae.training.config import TrainConfig
 from fastsae.training.optimizer import DICTIONARY
+from fastsae.training.split import exchange_of
 from fastsae_kernels import DEFAULT_WORKSPACE
 
 BYTES_A_PAIR = 40
@@ -39,13 +42,15 @@ class MemoryPlan:
     """Bytes that stay for the whole run besides: activations, a language model."""
     halved: Mapping[str, str] = field(default_factory=dict)
     """For an item of `held`, the setting that halves it."""
+    mesh: Mesh | Extent = Extent()
+    """The processes that share a run; the bytes are those of one that has most."""
 
     def items(self) -> dict[str, int]:
         total: dict[str, int] = {}
         for cfg in self.cfgs.values():
-            for name, n_bytes in _kept(cfg).items():
+            for name, n_bytes in _kept(cfg, self.mesh).items():
                 total[name] = total.get(name, 0) + n_bytes
-        steps = [_step(cfg, self.device) for cfg in self.cfgs.values()]
+        steps = [_step(cfg, self.device, self.mesh) for cfg in self.cfgs.values()]
         return {**self.held, **total, "one step": max(steps)}
 
     @property
@@ -114,9 +119,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _kept(cfg: TrainConfig) -> dict[str, int]:
+def _kept(cfg: TrainConfig, mesh: Mesh | Extent) -> dict[str, int]:
     """Bytes of what stays from step to step, and of the gradients."""
-    sae = SAES[cfg.sae.architecture](cfg.sae, device="meta")
+    first = Extent(mesh.dp, mesh.tp)  # its shard is the widest
+    shards = LatentShards(first, cfg.sae.d_sae) if mesh.size > 1 else None
+    sae = SAES[cfg.sae.architecture](cfg.sae, device="meta", shards=shards)
+    splits_rows = exchange_of(cfg, mesh) == "rows" and mesh.dp > 1
     optimizer = cfg.optimizer
     weights = moments = gradients = copies = 0
     compute = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
@@ -125,7 +133,11 @@ def _kept(cfg: TrainConfig) -> dict[str, int]:
         weights += p.nbytes
         narrow = MOMENT_BYTES[optimizer.moments] if in_dictionary else None
         one_moment = optimizer.kind == "signum" or (optimizer.kind == "muon" and p.ndim == 2)
-        moments += (1 if one_moment else 2) * p.numel() * (narrow or p.itemsize)
+        n = p.numel()
+        if in_dictionary and splits_rows:
+            n_latents = len(sae.latents)
+            n = n // n_latents * len(range_of(n_latents, mesh.dp, 0))
+        moments += (1 if one_moment else 2) * n * (narrow or p.itemsize)
         if not (in_dictionary and optimizer.kind == "row_adam"):
             gradients += p.nbytes
         if in_dictionary and compute.itemsize < p.itemsize:
@@ -135,17 +147,17 @@ def _kept(cfg: TrainConfig) -> dict[str, int]:
         "moments": moments,
         "gradients": gradients,
         "copies for the products": copies,
-        "counters": 2 * 8 * cfg.sae.d_sae,
+        "counters": 2 * 8 * len(sae.latents),
     }
 
 
-def _step(cfg: TrainConfig, device: torch.device) -> int:
+def _step(cfg: TrainConfig, device: torch.device, mesh: Mesh | Extent) -> int:
     """Rows and errors of a batch, the pairs of a part of it, and the workspace."""
-    batch = cfg.batch_size or 0
+    batch = (cfg.batch_size or 0) // mesh.dp
     part = min(cfg.micro_batch_size or batch, batch)
     width = max(cfg.sae.d_in, cfg.sae.d_out)
     pairs = part * int(getattr(cfg.sae, "k", 0)) * BYTES_A_PAIR
-    dense = 4 * part * cfg.sae.d_sae
+    dense = 4 * part * len(range_of(cfg.sae.d_sae, mesh.tp, 0))
     temporary = dense // 20 if device.type == "cuda" else min(DEFAULT_WORKSPACE, dense)
     whole = 0 if part == batch else 2 * 4 * batch * width  # rows and errors of the parts, joined
     return 4 * 4 * part * width + pairs + temporary + whole

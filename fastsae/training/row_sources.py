@@ -29,6 +29,7 @@ from fastsae.data.model_rows import RowRules
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
 from fastsae.data.streaming import StreamedRows
+from fastsae.distributed.mesh import Mesh
 from fastsae.evaluation.evaluate import evaluate_on_rows, evaluate_several
 from fastsae.saes import SAE
 
@@ -52,8 +53,8 @@ class ModelSource:
     halved = {"activations": "harvest_tokens halved"}
     """For an item of `held_bytes`, the setting that halves it."""
 
-    def __init__(self, run: LanguageModelRun, device: torch.device) -> None:
-        self.run = run
+    def __init__(self, run: LanguageModelRun, device: torch.device, mesh: Mesh) -> None:
+        self.run, self.mesh = run, mesh
         self.lm = load_language_model(run.model, device=device)
         self._hooks: dict[str, HookPoint] = {}
         self._found: dict[str, tuple[Activations, Activations]] = {}
@@ -111,6 +112,8 @@ class ModelSource:
             tokenize(part, self.lm.tokenizer, context_size=run.context_size, n_tokens=budget)
             for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
         ]
+        # Every process runs the model over its own contexts; one evaluates.
+        tokens[0] = tokens[0][self.mesh.rank :: self.mesh.size]
         train, held_out = (
             harvest(
                 self.lm,
@@ -131,9 +134,9 @@ class ModelSource:
     def batches(
         self, hooks: set[str], batch_size: int, step: int
     ) -> Generator[dict[str, Float[Tensor, "B D"]]]:
-        """By hook, from that of a step, counted from 0, on."""
-        seed = self.run.seed
-        rows = {hook: ShuffledRows(self._found[hook][0].rows, batch_size, seed) for hook in hooks}
+        """By hook, from that of a step, counted from 0, on: this process's part of them."""
+        size, seed = batch_size // self.mesh.size, self.run.seed
+        rows = {hook: ShuffledRows(self._found[hook][0].rows, size, seed) for hook in hooks}
         return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
 
     def evaluate(
@@ -172,13 +175,15 @@ class StreamSource(ModelSource):
             self.lm,
             [self._hooks[hook] for hook in sorted(hooks)],
             train,
-            batch_size,
+            batch_size // self.mesh.size,
             run.seed,
             context_size=run.context_size,
             rules=RowRules(massive_multiple=run.massive_multiple),
             median_norms={hook: self._found[hook][0].median_norm for hook in hooks},
             buffer_rows=run.buffer_rows,
             mixing=run.mixing,
+            part=self.mesh.rank,
+            parts=self.mesh.size,
         ).from_step(step)
 
 
@@ -192,8 +197,8 @@ class ShardSource:
     halved: dict[str, str] = {}
     lm = None
 
-    def __init__(self, run: LanguageModelRun, folder: Path) -> None:
-        self.run, self.shards = run, ActivationShards(folder)
+    def __init__(self, run: LanguageModelRun, folder: Path, mesh: Mesh) -> None:
+        self.run, self.shards, self.mesh = run, ActivationShards(folder), mesh
         held_out = folder / HELD_OUT
         if not held_out.is_dir():
             raise ValueError(
@@ -239,7 +244,10 @@ class ShardSource:
         return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)
 
     def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
-        rows = {hook: ShardedRows(self.shards, hook, batch_size, self.run.seed) for hook in hooks}
+        part = {"part": self.mesh.rank, "parts": self.mesh.size}
+        rows = {
+            hook: ShardedRows(self.shards, hook, batch_size, self.run.seed, **part) for hook in hooks
+        }
         return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
 
     def evaluate(
@@ -255,10 +263,12 @@ class ShardSource:
         return None
 
 
-def row_source(run: LanguageModelRun, device: torch.device) -> ModelSource | ShardSource:
+def row_source(
+    run: LanguageModelRun, device: torch.device, mesh: Mesh
+) -> ModelSource | ShardSource:
     if run.activations is not None:
-        return ShardSource(run, run.activations)
-    return StreamSource(run, device) if run.stream else ModelSource(run, device)
+        return ShardSource(run, run.activations, mesh)
+    return StreamSource(run, device, mesh) if run.stream else ModelSource(run, device, mesh)
 
 
 def _side_by_side(streams: Mapping[str, Iterator[Tensor]]) -> Generator[dict[str, Tensor]]:

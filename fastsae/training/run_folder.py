@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FREE_ON_RESUME = {
     *("out", "resume", "device", "eval_tokens", "checkpoints"),
-    *("keep_every", "log_to", "project"),
+    *("keep_every", "log_to", "project", "dp", "tp", "distribute", "exchange", "timeout_seconds"),
 }
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import torch
 
 from fastsae.distributed.gradients import Exchange, traffic
-from fastsae.distributed.mesh import Mesh
+from fastsae.distributed.mesh import Extent, Mesh
 from fastsae.saes import SAES
 from fastsae.training.config import TrainConfig
 
@@ -43,7 +43,7 @@ def check_split(cfg: TrainConfig, mesh: Mesh) -> None:
         raise ValueError(f"tp must be 1 for kind 'muon', which needs whole matrices, got {mesh.tp}")
 
 
-def exchange_of(cfg: TrainConfig, mesh: Mesh) -> Exchange:
+def exchange_of(cfg: TrainConfig, mesh: Mesh | Extent) -> Exchange:
     """What travels between the parts of a batch: what was asked for, or the fewer bytes."""
     if cfg.exchange != "auto":
         return cfg.exchange

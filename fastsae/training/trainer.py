@@ -164,7 +164,7 @@ class Trainer:
                 checkpoint saved.
         """
         tell = None if progress is None else (lambda _, line: progress(line))
-        with explained(MemoryPlan({"": self.cfg}, self.device)):
+        with explained(MemoryPlan({"": self.cfg}, self.device, mesh=self.mesh)):
             fit_together({"": self}, batches, sample, tell)
         return self.finish()
 
