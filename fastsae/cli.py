@@ -1,4 +1,4 @@
-"""`fastsae train | harvest | eval | plot | convert | bench | demo`."""
+"""`fastsae train | harvest | eval | plot | convert | plan | bench | demo`."""
 
 import argparse
 import importlib
@@ -17,6 +17,7 @@ from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.text import split_documents
 from fastsae.device import resolve_device
 from fastsae.distributed.mesh import is_one_of_several, leave_processes
+from fastsae.distributed.plan import Plan, report
 from fastsae.evaluation.diagnosis import Verdict, verdict_table
 from fastsae.evaluation.evaluate import comparison_table, evaluate_several, report_table
 from fastsae.extras import require
@@ -193,6 +194,11 @@ def convert_saved(args: Convert) -> None:
     print(convert(args))
 
 
+def plan(args: Plan) -> None:
+    """Say what a dictionary takes on a number of GPUs: memory, traffic, time."""
+    print(report(args))
+
+
 def bench(arguments: list[str]) -> None:
     """Compare training steps and whole jobs with other libraries; runs from a clone.
 
@@ -323,6 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "eval": evaluate_saved,
                 "plot": _positional(Plot, plot),
                 "convert": _positional(Convert, convert_saved),
+                "plan": plan,
                 "bench": bench,
                 "demo": demo,
             },

@@ -89,9 +89,11 @@ class _Heartbeat:
         except RuntimeError:
             return "rank 0, which keeps the store of the processes, is gone"
         now = time.time()
-        silent = {r: b for r, b in beats.items() if now - b["time"] > SILENT_SECONDS - BEAT_SECONDS / 2}
+        longest_first = sorted(beats.items(), key=lambda item: item[1]["time"])
+        limit = now - SILENT_SECONDS + BEAT_SECONDS / 2
+        silent = [_named(rank, b, now) for rank, b in longest_first if b["time"] < limit]
         if silent:
-            return "dead: " + ", ".join(_named(r, b, now) for r, b in silent.items())
+            return "dead: " + ", then ".join(silent)
         last = min(b["step"] for b in beats.values())
         behind = {r: b for r, b in beats.items() if b["step"] == last}
         if len(behind) == len(beats):
@@ -100,5 +102,5 @@ class _Heartbeat:
 
 
 def _named(rank: int, beat: dict[str, Any], now: float) -> str:
-    ago = now - beat["time"]
-    return f"rank {rank} (pid {beat['pid']} on {beat['host']}), heard of {ago:.0f} s ago at step {beat['step']}"
+    ago, place = now - beat["time"], f"pid {beat['pid']} on {beat['host']}"
+    return f"rank {rank} ({place}), heard of {ago:.0f} s ago at step {beat['step']}"

@@ -70,14 +70,14 @@ class MemoryPlan:
     def table(self) -> str:
         """A line an item, the sum, and what the device has free where that is known."""
         items = {name: n for name, n in self.items().items() if n}
-        lines = [f"  {name:24}{_shown(n):>10}" for name, n in items.items()]
+        lines = [f"  {name:24}{shown(n):>10}" for name, n in items.items()]
         free = free_bytes(self.device)
-        of_free = "" if free is None else f" of {_shown(free)} free"
-        lines.append(f"  {'in all':24}{_shown(self.n_bytes):>10}{of_free}")
+        of_free = "" if free is None else f" of {shown(free)} free"
+        lines.append(f"  {'in all':24}{shown(self.n_bytes):>10}{of_free}")
         return "\n".join([f"memory on {self.device}, predicted:", *lines])
 
     def advice(self) -> str:
-        lines = [f"  {saving.setting}: {_shown(saving.n_bytes)} less" for saving in self.savings()]
+        lines = [f"  {saving.setting}: {shown(saving.n_bytes)} less" for saving in self.savings()]
         return "\n".join(["what frees most:", *lines])
 
     @property
@@ -197,7 +197,8 @@ CHANGES: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
 """Settings that free memory, and what each makes of a run."""
 
 
-def _shown(n_bytes: int) -> str:
+def shown(n_bytes: int) -> str:
+    """In the unit that fits."""
     size = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
