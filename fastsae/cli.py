@@ -17,7 +17,7 @@ from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.text import split_documents
 from fastsae.device import resolve_device
 from fastsae.distributed.mesh import is_one_of_several, leave_processes
-from fastsae.distributed.plan import Plan, report
+from fastsae.distributed.plan import Plan, plan_report
 from fastsae.evaluation.diagnosis import Verdict, verdict_table
 from fastsae.evaluation.evaluate import comparison_table, evaluate_several, report_table
 from fastsae.extras import require
@@ -196,7 +196,7 @@ def convert_saved(args: Convert) -> None:
 
 def plan(args: Plan) -> None:
     """Say what a dictionary takes on a number of GPUs: memory, traffic, time."""
-    print(report(args))
+    print(plan_report(args))
 
 
 def bench(arguments: list[str]) -> None:

@@ -1,27 +1,35 @@
 """What several processes do together; each result is a file that a test reads.
 
-Run as `python distributed_runs.py FOLDER RANK WORLD PORT`: every mesh of that many processes, every
-case. Also the reference: the same cases by one process.
+python distributed_runs.py FOLDER RANK WORLD PORT WHAT
+
+WHAT is `parity` (every mesh of so many processes, every case), `hang` or `kill`. The tests import
+`run` for the same cases by one process.
 """
 
-import itertools
+import json
 import os
+import shutil
+import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from training_runs import D, F, config, sparse_rows
 
 import fastsae
-from fastsae.distributed import Mesh, join_processes
 from fastsae.distributed.assembly import latent_axis
+from fastsae.distributed.export import write_shards
+from fastsae.distributed.mesh import Mesh, join_processes, leave_processes
+from fastsae.distributed.shards import LatentShards
 from fastsae.training.trainer import Trainer
-from fastsae_kernels import RowGrad
+from fastsae_kernels import RowGrad, batch_topk_encode, topk_encode
+from training_runs import D, F, config, sparse_rows
 
 B, STEPS = 64, 20
-MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (1, 4), (4, 1)]}
+MESHES = {2: [(2, 1), (1, 2)], 4: [(2, 2), (1, 4)]}
 SHAPE: dict[str, Any] = {"d_in": D, "d_sae": F, "normalize_activations": "expected_average_only_in"}
 OUT: dict[str, Any] = {"d_in": D, "d_sae": F, "d_out": 12}
 
@@ -59,6 +67,7 @@ SAES = {
     "transcoder": fastsae.TranscoderConfig(**OUT, l1_coefficient=0.5),
     "skip_transcoder": fastsae.SkipTranscoderConfig(**OUT, l1_coefficient=0.5),
 }
+TRAFFIC = fastsae.TopKConfig(**SHAPE, k=5, aux_loss_coefficient=0.0)
 CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.items()} | {
     "topk/rows": {"sae": SAES["topk"], "exchange": "rows"},
     "topk/pairs": {"sae": SAES["topk"], "exchange": "pairs"},
@@ -74,7 +83,19 @@ CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.ite
     "topk/bf16": {"sae": SAES["topk"], "compute_dtype": "bfloat16", "exchange": "rows"},
     "standard/pairs": {"sae": SAES["standard"], "exchange": "pairs"},
     "jumprelu/pairs": {"sae": SAES["jumprelu-sparse"], "exchange": "pairs"},
+    "traffic/rows": {"sae": TRAFFIC, "exchange": "rows", "log_every": STEPS},
+    "traffic/pairs": {"sae": TRAFFIC, "exchange": "pairs", "log_every": STEPS},
+    "traffic/micro": {
+        "sae": TRAFFIC,
+        "exchange": "pairs",
+        "micro_batch_size": 8,
+        "log_every": STEPS,
+    },
 }
+TWICE = ("topk", "topk/rows", "batchtopk", "jumprelu")
+"""Cases that are run again, to the same bits."""
+OF_FOUR = (*SAES, "topk/rows", "topk/pairs", "traffic/rows", "traffic/pairs")
+"""Cases that four processes run."""
 
 
 def run_config(case: str):
@@ -117,10 +138,11 @@ def step_and_look(trainer: Trainer, batch: tuple[torch.Tensor, ...]) -> dict[str
         combine()
         sae, parts = trainer.sae, trainer.optimizer._parts
         for name, p in sae.named_parameters():
-            if getattr(p, "row_grads", None) is not None:
+            grads = getattr(p, "row_grads", None)
+            if grads is not None:
                 rows = p.t() if name == "W_enc" else p
                 owned = rows[parts.owned(len(rows))]
-                gradient = dense_gradient(p.row_grads, owned.shape)
+                gradient = dense_gradient(grads, owned.shape)
                 if parts.splits_rows:
                     gradient = torch.cat(trainer.mesh.gather_ragged(gradient, "dp"))
                 gradient = gradient.t() if name == "W_enc" else gradient
@@ -157,35 +179,177 @@ def run(case: str, mesh: Mesh | None) -> dict[str, Any]:
         if number == 0:
             found["first"] = step_and_look(trainer, mine)
         else:
+            mesh.sent.clear()
             trainer.step(*mine)
+        found["sent"] = dict(mesh.sent)
         found["losses"].append(float(trainer._total))
     found["fired"] = whole(trainer, "b_enc", trainer.dead.fired)
     found["weights"] = {
         name: whole(trainer, name, t.detach()) for name, t in trainer.sae.state_dict().items()
     }
-    found["sent"] = dict(mesh.sent)
     return found
 
 
-def run_all(folder: Path, rank: int, world: int) -> None:
-    for (dp, tp), case in itertools.product(MESHES[world], CASES):
+def integers(seed: int, *shape: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=g).float()
+
+
+def selections(mesh: Mesh) -> dict[str, Any]:
+    """Codes of small integers, which every order of summation gives the same, full of ties."""
+    d, f, b = 6, 22, 16
+    found: dict[str, Any] = {}
+    for name, shift in (("ties", 0), ("first shard wins", 1), ("last shard wins", -1)):
+        x, W, bias = integers(1, b, d), integers(2, d, f), integers(3, f)
+        if shift:
+            bias[:5] += 40 * (shift > 0)
+            bias[-3:] += 40 * (shift < 0)
+        shards = LatentShards(mesh, f)
+        mine = slice(shards.latents.start, shards.latents.stop)
+        rows = x[mesh.part * b // mesh.dp : (mesh.part + 1) * b // mesh.dp]
+        weights = (W[:, mine].t().contiguous().t(), bias[mine])
+        for k in (1, 3, 9, 22):
+            for kind, encode in (("topk", topk_encode), ("batch", batch_topk_encode)):
+                code = encode(rows, *weights, k, shards=shards)
+                dense = code.to_dense(len(shards.latents))
+                across = torch.cat(mesh.gather_ragged(dense.t().contiguous(), "tp")).t()
+                found[f"{name}, {kind}, {k}"] = mesh.gather(across.contiguous(), "dp").flatten(0, 1)
+        found[name] = (x @ W + bias).relu()
+    return found
+
+
+def disagreements(mesh: Mesh) -> list[str]:
+    """What each process says where their configurations differ."""
+    said = ""
+    try:
+        Trainer(config(seed=mesh.rank), device="cpu", mesh=mesh)
+    except ValueError as error:
+        said = str(error)
+    return mesh_objects(mesh, said)
+
+
+def bad_rows(mesh: Mesh) -> list[str]:
+    """The same where one process's rows hold NaN."""
+    trainer = Trainer(run_config("topk"), device="cpu", mesh=mesh)
+    rows = torch.randn(B // mesh.size, D)
+    trainer.initialise(rows)
+    rows[0, 0] = torch.nan if mesh.rank else 0.0
+    said = ""
+    try:
+        trainer.advance(rows)
+    except ValueError as error:
+        said = str(error)
+    return mesh_objects(mesh, said)
+
+
+def mesh_objects(mesh: Mesh, mine: Any) -> list[Any]:
+    everyone: list[Any] = [None] * mesh.size
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def my_batches(mesh: Mesh, case: str):
+    size = B // mesh.size
+    for batch in batches(case):
+        yield batch[0][mesh.rank * size : (mesh.rank + 1) * size]
+
+
+def fit(
+    case: str, mesh: Mesh | None, out: Path, stop_before: int = STEPS, at: Any = None
+) -> Trainer:
+    """Train with checkpoints, from the newest one if there is one.
+
+    Args:
+        at: called with each step's number before it.
+    """
+    cfg = replace(run_config(case), checkpoint_every=4, keep_checkpoints=9)
+    trainer = Trainer(cfg, device="cpu", mesh=mesh, out=out)
+    trainer.resume()
+
+    def drawn():
+        for number, x in enumerate(my_batches(trainer.mesh, case)):
+            if number >= trainer.steps_done:
+                if at is not None:
+                    at(number)
+                if number == stop_before:
+                    raise KeyboardInterrupt
+                yield x
+
+    try:
+        trainer.fit(drawn(), sample=batches(case)[0][0])
+    except KeyboardInterrupt:
+        trainer.settle()
+    return trainer
+
+
+def checkpoints(folder: Path, mesh: Mesh) -> None:
+    """Runs that other meshes go on with, one that goes on with theirs, exports of both kinds."""
+    for case in ("topk/rows", "topk/adam", "batchtopk"):
+        out = folder / f"{case.replace('/', '+')}-{mesh.dp}x{mesh.tp}"
+        trainer = fit(case, mesh, out)
+        trainer.write_sae(out / "sae")
+        write_shards(trainer.export(), mesh, out / "in-parts", largest_file=1)
+        alone = folder / f"{case.replace('/', '+')}-alone"
+        if mesh.is_first:
+            shutil.copytree(alone, out / "taken-over")
+        mesh.any(False)
+        fit(case, mesh, out / "taken-over").write_sae(out / "taken-over" / "sae")
+
+
+def parity(folder: Path, world: int) -> None:
+    for dp, tp in MESHES[world]:
         mesh = Mesh(dp, tp)
-        found = run(case, mesh)
-        if case in ("topk", "topk/rows", "batchtopk", "jumprelu"):
-            again = run(case, mesh)
-            for name, t in found["weights"].items():
-                found.setdefault("same_twice", True)
-                found["same_twice"] &= torch.equal(t, again["weights"][name])
-        if rank == 0:
-            torch.save(found, folder / f"{case.replace('/', '+')}-{dp}x{tp}.pt")
+        results: dict[str, Any] = {}
+        for case in CASES if world == 2 else OF_FOUR:
+            results[case] = found = run(case, mesh)
+            if case in TWICE:
+                again = run(case, mesh)["weights"]
+                same = [torch.equal(t, again[name]) for name, t in found["weights"].items()]
+                found["same_twice"] = all(same)
+        results["selections"] = selections(mesh)
+        results["disagreements"] = disagreements(mesh)
+        results["bad rows"] = bad_rows(mesh)
+        checkpoints(folder, mesh)
+        if mesh.is_first:
+            torch.save(results, folder / f"{dp}x{tp}.pt")
+
+
+def hang(folder: Path, mesh: Mesh) -> None:
+    """The last process stops answering; the others say so."""
+    last = mesh.rank == mesh.size - 1
+    try:
+        fit("topk", mesh, folder / "run", at=lambda n: time.sleep(16) if last and n == 3 else None)
+    except RuntimeError as error:
+        (folder / f"said-{mesh.rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def kill(folder: Path, mesh: Mesh) -> None:
+    """At each of the first attempts one process, drawn at random, is killed at a random step."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    kills = json.loads((folder / "kills.json").read_text())
+
+    def at(number: int) -> None:
+        if attempt < len(kills) and kills[attempt] == [mesh.rank, number]:
+            (folder / f"killed-{attempt}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = fit("topk/rows", mesh, folder / "run", at=at)
+    trainer.write_sae(folder / "sae")
 
 
 if __name__ == "__main__":
-    rank, world, port = map(int, sys.argv[2:])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    folder, what = Path(sys.argv[1]), sys.argv[-1]
+    if len(sys.argv) == 6:
+        rank, world, port = sys.argv[2:5]
+        os.environ |= {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    join_processes(timeout_seconds=120)
-    run_all(Path(sys.argv[1]), rank, world)
-    dist.destroy_process_group()
+    world = join_processes(timeout_seconds=8 if what == "hang" else 120)
+    if what == "parity":
+        parity(folder, world)
+    else:
+        {"hang": hang, "kill": kill}[what](folder, Mesh(world // 2, 2))
+    if what == "hang":
+        os._exit(0)
+    leave_processes()

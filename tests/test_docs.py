@@ -20,6 +20,7 @@ PAGES = [
     "docs/benchmarking.md",
     "docs/checkpoints.md",
     "docs/evaluation.md",
+    "docs/large_dictionaries.md",
     "docs/migrating_from_saelens.md",
     "docs/training.md",
 ]

@@ -149,7 +149,7 @@ def _write_columns(descriptor: int, place: _Place, first: int, t: Tensor) -> Non
 
 
 def _write(descriptor: int, offset: int, values: Tensor) -> None:
-    left = memoryview(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    left = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     while left:
         written = os.pwrite(descriptor, left, offset)
         left, offset = left[written:], offset + written

@@ -1,9 +1,9 @@
-"""From the gradients of the parts of a batch to one: the mean over `dp`, by whichever way is cheaper.
+"""From the gradients of the parts of a batch to one: the mean over `dp`, the cheaper way.
 
-A dictionary's gradient is pairs (row, latent) with a coefficient, and the rows they refer to. Either
-those travel, and every process makes the same update; or each sums its own to a dense gradient of
-its shard, gets the mean of the rows it owns, updates them with moments that only it has, and sends
-the new rows round (ZeRO-1: Rajbhandari et al. 2020, arXiv 1910.02054).
+A dictionary's gradient is pairs (row, latent) with a coefficient, and the rows they refer to.
+Either those travel, and every process makes the same update; or each sums its own to a dense
+gradient of its shard, gets the mean of the rows it owns, updates them with moments that only it
+has, and sends the new rows round (ZeRO-1: Rajbhandari et al. 2020, arXiv 1910.02054).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -105,7 +105,7 @@ class Parts:
         shard = shard + self.mesh.sum(owned, "dp") if self.splits_rows else shard
         return (self.mesh.sum(shard, "tp") + whole).sqrt()
 
-    def combined(self, lists: Sequence[list[RowGrad]], shapes: Sequence[tuple[int, int]]) -> None:
+    def combined(self, lists: Sequence[list[RowGrad]], shapes: Sequence[torch.Size]) -> None:
         """Replace each weight's gradients by the mean over parts, of the rows owned here.
 
         Args:
@@ -127,7 +127,7 @@ class Parts:
         block[: len(mine)] = mine
         rows.copy_(self.mesh.gather(block, "dp").flatten(0, 1)[: len(rows)])
 
-    def _scattered(self, grads: Sequence[RowGrad], shape: tuple[int, int]) -> DenseGrad:
+    def _scattered(self, grads: Sequence[RowGrad], shape: torch.Size) -> DenseGrad:
         n_rows, width = shape
         block = len(range_of(n_rows, self.mesh.dp, 0))
         like = _values_of(grads[0])

@@ -74,12 +74,14 @@ class Mesh:
         self.for_saving: dist.ProcessGroup | None = None
         """All processes, apart from the training's collectives."""
         if dp * tp > 1:
-            self.devices = init_device_mesh(
-                self.device.type, (dp, tp), mesh_dim_names=("dp", "tp")
-            )
-            self.for_saving = dist.new_group(backend="gloo")
+            self.devices = init_device_mesh(self.device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.for_saving = group
         self.sent: Counter[str] = Counter()
         """Bytes this process has sent, by kind of collective and axis, as ring algorithms do it."""
+        self.calls = 0
+        """Collectives this process has begun: who waits for others has begun more."""
 
     @cached_property
     def by_latent(self) -> DeviceMesh:
@@ -131,8 +133,8 @@ class Mesh:
         if n == 1:
             return t.unsqueeze(0)
         out = t.new_empty(n * len(t), *t.shape[1:]) if t.ndim else t.new_empty(n)
-        _all_gather(out, t.contiguous().reshape(-1, *t.shape[1:]), self.group(axis))
         self._count("all_gather", axis, (n - 1) * t.nbytes)
+        _all_gather(out, t.contiguous().reshape(-1, *t.shape[1:]), self.group(axis))
         return out.view(n, *t.shape)
 
     @torch.no_grad()
@@ -153,8 +155,8 @@ class Mesh:
         if n == 1:
             return t
         out = t.new_empty(len(t) // n, *t.shape[1:])
-        _reduce_scatter(out, t.contiguous(), group=self.group(axis))
         self._count("reduce_scatter", axis, (n - 1) * out.nbytes)
+        _reduce_scatter(out, t.contiguous(), group=self.group(axis))
         return out
 
     @torch.no_grad()
@@ -164,9 +166,9 @@ class Mesh:
             group = self.group(axis)
             source = 0 if group is None else dist.get_global_rank(group, 0)
             dense = t.contiguous()
+            self._count("broadcast", axis, t.nbytes)
             dist.broadcast(dense, source, group)
             t.copy_(dense)
-            self._count("broadcast", axis, t.nbytes)
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do it on rank 0 only; everyone gets the result, or the exception."""
@@ -203,12 +205,13 @@ class Mesh:
         if n == 1:
             return t
         out = t.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, op, self.group(axis))
         self._count("all_reduce", axis, 2 * (n - 1) * t.nbytes // n)
+        dist.all_reduce(out, op, self.group(axis))
         return out
 
     def _count(self, kind: str, axis: Axis, n_bytes: int) -> None:
         self.sent[f"{kind} over {axis}"] += n_bytes
+        self.calls += 1
 
 
 def is_one_of_several() -> bool:
@@ -249,14 +252,13 @@ def join_processes(
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps the store when it starts processes again: what the ones before wrote there,
         # addresses that nobody answers at, must not be found.
-        kept = dist.TCPStore(
+        kept = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", kept)
+        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        store = dist.PrefixStore(attempt, kept)  # pyright: ignore[reportPrivateImportUsage]
         rank = int(os.environ["RANK"])
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timeout
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     return world

@@ -52,7 +52,7 @@ class _Heartbeat:
     def __init__(self, mesh: Mesh, step: Callable[[], int]) -> None:
         self.mesh, self.step = mesh, step
         # A connection of its own: the default one is busy while a collective waits.
-        self.store = dist.TCPStore(
+        self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
@@ -75,8 +75,8 @@ class _Heartbeat:
                 return
 
     def _beat(self) -> None:
-        here = {"time": time.time(), "step": self.step(), "pid": os.getpid()}
-        here["host"] = socket.gethostname()
+        here = {"time": time.time(), "step": self.step(), "calls": self.mesh.calls}
+        here |= {"pid": os.getpid(), "host": socket.gethostname()}
         self.store.set(f"fastsae/{self.mesh.rank}", json.dumps(here))
 
     def verdict(self) -> str:
@@ -94,10 +94,10 @@ class _Heartbeat:
         silent = [_named(rank, b, now) for rank, b in longest_first if b["time"] < limit]
         if silent:
             return "dead: " + ", then ".join(silent)
-        last = min(b["step"] for b in beats.values())
-        behind = {r: b for r, b in beats.items() if b["step"] == last}
+        last = min(b["calls"] for b in beats.values())
+        behind = {r: b for r, b in beats.items() if b["calls"] == last}
         if len(behind) == len(beats):
-            return f"all processes are alive at step {last}, and one does not answer"
+            return "all processes are alive and as far as each other, and one does not answer"
         return "behind: " + ", ".join(_named(r, b, now) for r, b in behind.items())
 
 

@@ -96,8 +96,8 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def _update_threshold(self, acts: Tensor) -> None:
         """threshold += lr (smallest positive act - threshold), nothing where no act is positive."""
-        # An act of inf beside the others: a shard may have none.
-        smallest = torch.where(acts > 0, acts, torch.inf).amin() if len(acts) else acts.new_tensor(torch.inf)
+        none = acts.new_full((1,), torch.inf)  # a shard may be without an act
+        smallest = torch.cat([torch.where(acts > 0, acts, torch.inf), none]).amin()
         smallest = smallest if self.shards is None else self.shards.least(smallest)
         smallest = smallest.to(self.topk_threshold.dtype)
         moved = torch.lerp(self.topk_threshold, smallest, self.cfg.topk_threshold_lr)
@@ -116,7 +116,11 @@ class BatchTopKSAE(TopKSAE):
             self.fold_W_dec_norm()
         shared = {f.name: getattr(self.cfg, f.name) for f in fields(SAEConfig)}
         metadata = {**self.cfg.metadata, "training_architecture": self.cfg.architecture}
-        made = JumpReLUSAE(replace(JumpReLUConfig(**shared), metadata=metadata), device=self.device, shards=self.shards)
+        made = JumpReLUSAE(
+            replace(JumpReLUConfig(**shared), metadata=metadata),
+            device=self.device,
+            shards=self.shards,
+        )
         weights = {k: v for k, v in self.state_dict().items() if k != "topk_threshold"}
         threshold = self.topk_threshold.to(torch.float32).expand(len(self.latents))
         made.load_state_dict({**weights, "threshold": threshold})

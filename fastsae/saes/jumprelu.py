@@ -89,7 +89,9 @@ class JumpReLUSAE(SAE):
     def _make_parameters(self, dtype: torch.dtype, device: torch.device) -> None:
         super()._make_parameters(dtype, device)
         # In bf16 a threshold of 0.01 could not move by a learning rate's steps.
-        threshold = torch.full((len(self.latents),), self.cfg.jumprelu_init_threshold, device=device)
+        threshold = torch.full(
+            (len(self.latents),), self.cfg.jumprelu_init_threshold, device=device
+        )
         self.threshold = nn.Parameter(threshold)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "JumpReLUSAE":

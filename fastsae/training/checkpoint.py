@@ -14,8 +14,8 @@ from torch import Tensor
 from fastsae.distributed.assembly import part_of_latents, shard_of
 from fastsae.files import replacing
 from fastsae.saes import SAE
-from fastsae.training.config import TrainConfig
 from fastsae.training import sharded_checkpoint
+from fastsae.training.config import TrainConfig
 from fastsae.training.memory_order import restore_memory_order
 
 if TYPE_CHECKING:

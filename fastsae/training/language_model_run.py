@@ -109,8 +109,8 @@ class LanguageModelRun:
     """What processes that have parts of a batch send each other: `pairs`, dense `rows` of the
     gradient, or the fewer bytes."""
     distribute: Distribution = "split"
-    """What several processes share: each SAE (`split`, by dp and tp), or the list of SAEs (`layers`):
-    then every process trains some of those in `also` whole, and dp and tp stay 1."""
+    """What several processes share: each SAE (`split`, by dp and tp), or the list of SAEs
+    (`layers`): then every process trains some of those in `also` whole, and dp and tp stay 1."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """After which a process that does not answer ends the run."""
     seed: int = 0

@@ -107,7 +107,7 @@ class RowAdam(torch.optim.Optimizer):
         """Make the gradients of the parts of a batch, left by backward, that of the batch."""
         if self._parts.mesh.dp == 1:
             return
-        shapes = [(*rows_of(p).shape,) for p in self._row_grads]
+        shapes = [rows_of(p).shape for p in self._row_grads]
         self._parts.combined([*self._row_grads.values()], shapes)
         for p in self._parameters:
             if p.grad is not None:

@@ -246,7 +246,8 @@ class ShardSource:
     def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
         part = {"part": self.mesh.rank, "parts": self.mesh.size}
         rows = {
-            hook: ShardedRows(self.shards, hook, batch_size, self.run.seed, **part) for hook in hooks
+            hook: ShardedRows(self.shards, hook, batch_size, self.run.seed, **part)
+            for hook in hooks
         }
         return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
 

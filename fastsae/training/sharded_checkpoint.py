@@ -8,6 +8,7 @@ wrote it nor the one that reads it shows.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastsae.distributed.assembly import latent_axis
@@ -39,7 +43,11 @@ class SavesBehind:
         self._renamed: Future[None] | None = None
 
     def start(
-        self, tensors: dict[str, Tensor], state: dict[str, Any], path: Path, then: Callable[[], None]
+        self,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        path: Path,
+        then: Callable[[], None],
     ) -> None:
         """Copy the tensors and have them written; `path` appears once all processes have written.
 
@@ -49,9 +57,7 @@ class SavesBehind:
         self.wait()
         temporary = path.with_name(f".{path.name}.saving")
         self.mesh.on_first(partial(_empty_folder, temporary, state))
-        made = dcp.async_save(
-            tensors, checkpoint_id=temporary, process_group=self.mesh.for_saving
-        )
+        made = async_save(tensors, checkpoint_id=temporary, process_group=self.mesh.for_saving)
         assert isinstance(made, Future)
         self._pending = made
         if self.mesh.is_first:
@@ -140,7 +146,8 @@ def placed(trainer: "Trainer", name: str, t: Tensor, *, owned: bool = False) -> 
 
 def load(trainer: "Trainer", path: Path) -> None:
     """Read tensors into a trainer on any mesh."""
-    recorded = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = FileSystemReader(path).read_metadata().state_dict_metadata
+    recorded = {n: m for n, m in found.items() if isinstance(m, TensorStorageMetadata)}
     for name, parameter in trainer.sae.named_parameters():
         prefix = f"optimizer.{name}."
         wanted = {k.removeprefix(prefix): m for k, m in recorded.items() if k.startswith(prefix)}
@@ -153,7 +160,9 @@ def load(trainer: "Trainer", path: Path) -> None:
         if name.startswith("scaling."):  # only a fit, or a file, knows their sizes
             tensors[name] = torch.zeros(m.size, dtype=m.properties.dtype, device=trainer.device)
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=trainer.mesh.size == 1)
+        with warnings.catch_warnings():  # that one process is meant, which it is
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load_tensors(tensors, checkpoint_id=path, no_dist=trainer.mesh.size == 1)
     except CheckpointException as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):

@@ -14,12 +14,16 @@ AGREE_ON = ("torch", "fastsae-triton")
 """Packages of which all processes have the same version."""
 
 
-def check_split(cfg: TrainConfig, mesh: Mesh) -> None:
-    """Raise ValueError, on every process, where a resolved run cannot be split over a mesh."""
-    if mesh.size == 1:
-        return
+def check_agreement(cfg: TrainConfig, mesh: Mesh) -> None:
+    """Raise ValueError, on every process, where their resolved runs or packages differ."""
     versions = {f"version of {name}": version(name) for name in AGREE_ON}
     mesh.check_agreement({**versions, **asdict(cfg), "architecture": cfg.sae.architecture})
+
+
+def check_split(cfg: TrainConfig, mesh: Mesh | Extent) -> None:
+    """Raise ValueError where a resolved run cannot be split over a mesh."""
+    if mesh.size == 1:
+        return
     assert cfg.batch_size is not None
     if cfg.batch_size % mesh.size:
         raise ValueError(

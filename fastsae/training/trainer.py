@@ -34,7 +34,7 @@ from fastsae.training.resampling import resample
 from fastsae.training.scaling import build_scaling
 from fastsae.training.schedule import lr_factor
 from fastsae.training.sharded_checkpoint import SavesBehind
-from fastsae.training.split import check_split, exchange_of
+from fastsae.training.split import check_agreement, check_split, exchange_of
 from fastsae.training.trackers import Tracker, trackers_of
 
 Batch = Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B D_out"]]
@@ -74,6 +74,7 @@ class Trainer:
         self.device = resolve_device(device)
         self.cfg = cfg = cfg.resolved(self.device)
         self.mesh = mesh = mesh or Mesh(device=self.device)
+        check_agreement(cfg, mesh)
         check_split(cfg, mesh)
         torch.manual_seed(cfg.seed)
         shards = LatentShards(mesh, cfg.sae.d_sae) if mesh.size > 1 else None
@@ -424,5 +425,3 @@ def check_fits(sae: SAE, start: SAE) -> None:
 
 def _rows_and_targets(batch: Batch) -> tuple[Tensor, ...]:
     return (batch,) if isinstance(batch, Tensor) else batch
-
-

@@ -9,7 +9,6 @@ shards talk to each other.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from fastsae_kernels._dispatch import Impl
@@ -96,9 +95,7 @@ SelectBatch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """row_offsets [B + 1], indices [n] and acts [n] of the n largest of a batch."""
 
 
-def all_that_may_win(
-    select: SelectBatch, n: int, n_values: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def all_that_may_win(select: SelectBatch, n: int, n_values: int) -> tuple[Tensor, Tensor, Tensor]:
     """A selection of a batch that holds every value as large as its n-th largest positive one."""
     width = min(n, n_values)
     while True:
