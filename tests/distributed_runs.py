@@ -24,6 +24,7 @@ from fastsae.distributed.assembly import latent_axis
 from fastsae.distributed.export import write_shards
 from fastsae.distributed.mesh import Mesh, join_processes, leave_processes
 from fastsae.distributed.shards import LatentShards
+from fastsae.training.group import TrainerGroup
 from fastsae.training.trainer import Trainer
 from fastsae_kernels import RowGrad, batch_topk_encode, topk_encode
 from training_runs import D, F, config, sparse_rows
@@ -296,6 +297,14 @@ def checkpoints(folder: Path, mesh: Mesh) -> None:
         fit(case, mesh, out / "taken-over").write_sae(out / "taken-over" / "sae")
 
 
+def side_by_side(folder: Path, mesh: Mesh) -> None:
+    """Two SAEs that save at the same steps."""
+    cases = {"a": "topk", "b": "topk-without-norms"}
+    cfgs = {n: replace(run_config(case), checkpoint_every=3) for n, case in cases.items()}
+    out = folder / f"side-by-side-{mesh.dp}x{mesh.tp}"
+    TrainerGroup(cfgs, device="cpu", out=out, mesh=mesh).fit(my_batches(mesh, "topk"))
+
+
 def parity(folder: Path, world: int) -> None:
     for dp, tp in MESHES[world]:
         mesh = Mesh(dp, tp)
@@ -310,6 +319,7 @@ def parity(folder: Path, world: int) -> None:
         results["disagreements"] = disagreements(mesh)
         results["bad rows"] = bad_rows(mesh)
         checkpoints(folder, mesh)
+        side_by_side(folder, mesh)
         if mesh.is_first:
             torch.save(results, folder / f"{dp}x{tp}.pt")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 import fastsae
 from distributed_runs import CASES, MESHES, OF_FOUR, TWICE, B, run, run_config
@@ -40,6 +41,10 @@ CHECKPOINTED = ("topk/rows", "topk/adam", "batchtopk")
 
 def label(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def in_name(case: str) -> str:
+    return case.replace("/", "+")
 
 
 def free_port() -> int:
@@ -77,18 +82,24 @@ def alone():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of all meshes of a number of processes, and their folder."""
-    found: dict[int, Path] = {}
+    """Of all meshes of a number of processes, and their folder; made once for all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    read: dict[Path, dict[str, Any]] = {}
 
     def of(world: int, mesh: tuple[int, int]) -> tuple[dict[str, Any], Path]:
-        if world not in found:
-            folder = tmp_path_factory.mktemp(f"world-{world}")
-            for case in CHECKPOINTED:
-                fit_alone(case, None, folder / f"{case.replace('/', '+')}-alone", stop_before=10)
-            together(folder, world, "parity")
-            found[world] = folder
-        folder = found[world]
-        return torch.load(folder / f"{label(mesh)}.pt"), folder
+        folder = shared / f"world-{world}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "done").exists():
+                folder.mkdir()
+                for case in CHECKPOINTED:
+                    fit_alone(case, None, folder / f"{in_name(case)}-alone", stop_before=10)
+                together(folder, world, "parity")
+                (folder / "done").touch()
+        path = folder / f"{label(mesh)}.pt"
+        if path not in read:
+            read[path] = torch.load(path)
+        return read[path], folder
 
     return of
 
@@ -169,7 +180,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize(("world", "mesh"), ON_EVERY_MESH, ids=label)
     def test_a_run_goes_on_on_another_mesh(self, results, tmp_path, world, mesh, case):
         _, folder = results(world, mesh)
-        name = case.replace("/", "+")
+        name = in_name(case)
         whole = fit_alone(case, None, tmp_path / "whole").export().state_dict()
         shards = fastsae.SAE.load_from_disk(folder / f"{name}-{label(mesh)}" / "sae").state_dict()
         taken = folder / f"{name}-{label(mesh)}" / "taken-over" / "sae"
@@ -190,7 +201,7 @@ class TestCheckpoints:
     def test_a_file_a_tensor_holds_the_same(self, results, world, mesh):
         _, folder = results(world, mesh)
         for case in CHECKPOINTED:
-            out = folder / f"{case.replace('/', '+')}-{label(mesh)}"
+            out = folder / f"{in_name(case)}-{label(mesh)}"
             index = json.loads(
                 (out / "in-parts" / "sae_weights.safetensors.index.json").read_text()
             )
@@ -199,6 +210,13 @@ class TestCheckpoints:
             assert len(set(index["weight_map"].values())) == len(one.state_dict())
             for name, t in one.state_dict().items():
                 assert torch.equal(t, parts.state_dict()[name])
+
+    @pytest.mark.parametrize(("world", "mesh"), ON_EVERY_MESH, ids=label)
+    def test_saes_side_by_side_are_saved_at_the_same_steps(self, results, world, mesh):
+        _, folder = results(world, mesh)
+        for name in ("a", "b"):
+            path = folder / f"side-by-side-{label(mesh)}" / name / "checkpoints"
+            assert sorted(p.name for p in path.iterdir()) == ["step-000000018", "step-000000020"]
 
     def test_a_damaged_checkpoint_is_named(self, results, tmp_path):
         _, folder = results(2, (1, 2))

@@ -71,13 +71,8 @@ class Mesh:
         self.rank = dist.get_rank() if dp * tp > 1 else 0
         self.part, self.shard = divmod(self.rank, tp)
         self.devices: DeviceMesh | None = None
-        self.for_saving: dist.ProcessGroup | None = None
-        """All processes, apart from the training's collectives."""
         if dp * tp > 1:
             self.devices = init_device_mesh(self.device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
-            group = dist.new_group(backend="gloo")
-            assert isinstance(group, dist.ProcessGroup)
-            self.for_saving = group
         self.sent: Counter[str] = Counter()
         """Bytes this process has sent, by kind of collective and axis, as ring algorithms do it."""
         self.calls = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -39,6 +40,10 @@ class SavesBehind:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
+        # Of its own: what another thread sends must not meet what the training sends.
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
         self._pending: Future[Any] | None = None
         self._renamed: Future[None] | None = None
 
@@ -57,7 +62,7 @@ class SavesBehind:
         self.wait()
         temporary = path.with_name(f".{path.name}.saving")
         self.mesh.on_first(partial(_empty_folder, temporary, state))
-        made = async_save(tensors, checkpoint_id=temporary, process_group=self.mesh.for_saving)
+        made = async_save(tensors, checkpoint_id=temporary, process_group=self._group)
         assert isinstance(made, Future)
         self._pending = made
         if self.mesh.is_first:
