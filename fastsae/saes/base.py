@@ -199,6 +199,8 @@ class SAE(nn.Module, ABC):
         wherever it is held.
         """
         rows = torch.empty(len(self.latents), width, device=device)
+        if rows.is_meta:  # of a shape only, however large
+            return rows
         for start in range(0, self.cfg.d_sae, INITIAL_BLOCK):
             stop = min(start + INITIAL_BLOCK, self.cfg.d_sae)
             drawn = torch.empty(stop - start, width, device=device)
