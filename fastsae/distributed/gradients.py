@@ -149,7 +149,7 @@ class Parts:
         if isinstance(grad, DenseGrad):
             return DenseGrad(self.mean(grad.values))
         n_rows = len(grad.operand)
-        key = grad.groups.rows.data_ptr()
+        key = grad.groups.offsets.data_ptr()  # which every process has, whatever its pairs
         if key not in found:  # both weights' gradients are of the same pairs
             found[key] = _Everyone(self.mesh, grad.groups, n_rows)
         everyone = found[key]

@@ -73,7 +73,7 @@ def lowest_first(select: Select, rows: Tensor, k: int, n_latents: int) -> tuple[
     """The k largest positive values of each row; where equals are cut, the lowest latents stay.
 
     A selection may drop any of the values equal to the k-th; a wider one shows whether it had to.
-    Rows in which it had are few, and are selected again, wider and wider.
+    Rows in which it had are few, and are selected again, wider and wider; the host waits to know.
     """
     if k == n_latents:
         return select(rows, k)
