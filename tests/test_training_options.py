@@ -205,8 +205,12 @@ class TestSignals:
                 yield x
                 os.kill(os.getpid(), signal.SIGINT)
 
-        with pytest.raises(KeyboardInterrupt):
-            Trainer(config(), device="cpu").fit(batches(), sample=ROWS.rows)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                Trainer(config(), device="cpu").fit(batches(), sample=ROWS.rows)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_the_command_exits_with_a_status_of_its_own(self, tmp_path):
         model = save_tiny_llama(tmp_path / "model")
