@@ -14,7 +14,6 @@ from torch import Tensor
 from fastsae.distributed.assembly import part_of_latents, shard_of
 from fastsae.files import replacing
 from fastsae.saes import SAE
-from fastsae.training import sharded_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.memory_order import restore_memory_order
 
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 TENSORS = "trainer_state.safetensors"
 STATE = "trainer_state.json"
+SHARDS = ".metadata"
+"""Of a checkpoint of several processes; see `sharded_checkpoint`, whose imports take a second."""
 FREE = (
     "exchange",
     "log_every",
@@ -55,8 +56,10 @@ def save_checkpoint(trainer: "Trainer") -> Path:
         "config": _config(trainer),
     }
     if trainer.saves is not None:
+        from fastsae.training.sharded_checkpoint import tensors_of
+
         trainer.saves.start(
-            sharded_checkpoint.tensors_of(trainer),
+            tensors_of(trainer),
             state,
             path,
             then=lambda: remove_old_checkpoints(folder, trainer.cfg),
@@ -109,8 +112,8 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         FileNotFoundError: a file of the checkpoint is absent.
         ValueError: a file is damaged, or the run's configuration differs (the fields are named).
     """
-    sharded = sharded_checkpoint.is_sharded(path)
-    for name in (STATE, sharded_checkpoint.METADATA if sharded else TENSORS):
+    sharded = (path / SHARDS).is_file()
+    for name in (STATE, SHARDS if sharded else TENSORS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"path must be a checkpoint with {name}, got {path}")
     try:
@@ -126,7 +129,9 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
             f"config must be the checkpoint's to resume, got other values of {listing}"
         )
     if sharded:
-        sharded_checkpoint.load(trainer, path)
+        from fastsae.training.sharded_checkpoint import load
+
+        load(trainer, path)
     else:
         _load_whole(trainer, path, tensors)
     trainer.copy_weights()

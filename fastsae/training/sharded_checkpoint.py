@@ -31,9 +31,6 @@ from fastsae.distributed.mesh import Mesh
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
 
-METADATA = ".metadata"
-"""Written last, by torch."""
-
 
 class SavesBehind:
     """Checkpoints that are written while the training goes on, one at a time."""
@@ -106,10 +103,6 @@ def _empty_folder(temporary: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(left_by_a_kill)
     temporary.mkdir(parents=True)
     (temporary / "trainer_state.json").write_text(json.dumps(state, indent=2))
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / METADATA).is_file()
 
 
 def tensors_of(trainer: "Trainer") -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -33,9 +33,11 @@ from fastsae.training.optimizer import build_optimizer, compute_copies
 from fastsae.training.resampling import resample
 from fastsae.training.scaling import build_scaling
 from fastsae.training.schedule import lr_factor
-from fastsae.training.sharded_checkpoint import SavesBehind
 from fastsae.training.split import check_agreement, check_split, exchange_of
 from fastsae.training.trackers import Tracker, trackers_of
+
+if TYPE_CHECKING:
+    from fastsae.training.sharded_checkpoint import SavesBehind
 
 Batch = Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B D_out"]]
 """Rows, or rows and the targets of a transcoder."""
@@ -97,7 +99,7 @@ class Trainer:
             check_fits(self.sae, start)
         self.start = start
         self.out = out
-        self.saves = SavesBehind(mesh) if mesh.size > 1 else None
+        self.saves = _saves_behind(mesh)
         self.log = RunLog(None if out is None else out / "metrics.jsonl")
         self.metrics: dict[str, Any] = {}
         self.training_seconds = 0.0
@@ -385,6 +387,15 @@ class Trainer:
             f"activations must be finite, got NaN or inf in {n_bad} rows of the batch at "
             f"step {step}, {where}"
         )
+
+
+def _saves_behind(mesh: Mesh) -> "SavesBehind | None":
+    """Where several processes save; None for one, which is spared a second of imports."""
+    if mesh.size == 1:
+        return None
+    from fastsae.training.sharded_checkpoint import SavesBehind
+
+    return SavesBehind(mesh)
 
 
 def write_sparsity(folder: Path, log_sparsity: Float[Tensor, " F"]) -> None:
