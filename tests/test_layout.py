@@ -14,7 +14,16 @@ import fastsae_kernels
 ROOT = Path(__file__).parent.parent
 FASTSAE, KERNELS = (Path(str(m.__file__)).parent for m in (fastsae, fastsae_kernels))
 OPS = sorted(p.parent for p in KERNELS.glob("*/api.py"))
-HEAVY = ("triton", "transformers", "datasets", "matplotlib", "tyro", "sae_lens", "transformer_lens")
+HEAVY = (
+    "triton",
+    "torch.distributed.checkpoint",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "tyro",
+    "sae_lens",
+    "transformer_lens",
+)
 
 
 def imports(path):
