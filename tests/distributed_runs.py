@@ -47,6 +47,8 @@ SAES = {
     ),
     "standard": fastsae.StandardConfig(**SHAPE, l1_coefficient=0.5),
     "standard-p": fastsae.StandardConfig(**SHAPE, l1_coefficient=0.5, lp_norm=1.5),
+    "standard-p-half": fastsae.StandardConfig(**SHAPE, l1_coefficient=0.01, lp_norm=0.5),
+    "standard-p-sparse": fastsae.StandardConfig(**SHAPE, l1_coefficient=20.0, lp_norm=2.0),
     "standard-ghosts": fastsae.StandardConfig(**SHAPE, l1_coefficient=3.0, use_ghost_grads=True),
     "jumprelu": fastsae.JumpReLUConfig(**SHAPE, l0_coefficient=0.1),
     "jumprelu-sparse": fastsae.JumpReLUConfig(

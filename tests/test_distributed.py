@@ -123,8 +123,22 @@ class TestParity:
         flipped = int((found["fired"] != one["fired"]).sum())
         ours, theirs = torch.tensor(found["losses"]), torch.tensor(one["losses"])
         # 8-bit moments are rounded by chance, and by other chances on another mesh.
-        bound = 0.05 if "8bit" in case else 1e-3
+        # Below p = 1 slopes near an act of 0 have no bound, and rounding grows from step to step.
+        bound = {"topk/8bit-rows": 0.05, "standard-p-half": 0.01}.get(case, 1e-3)
         assert float(((ours - theirs) / theirs).abs().max()) < bound, f"{flipped} latents differ"
+
+    @pytest.mark.parametrize("p", [0.5, 2.0])
+    def test_a_row_without_acts_has_no_slope(self, p):
+        cfg = fastsae.StandardConfig(d_in=4, d_sae=6, lp_norm=p, l1_coefficient=0.3)
+        gradients = []
+        for shards in (None, LatentShards(Extent(), 6)):
+            torch.manual_seed(0)
+            sae = fastsae.StandardSAE(cfg, shards=shards)
+            weighted = torch.rand(3, 6).requires_grad_()
+            (sae._p_norm(weighted * torch.tensor([[0.0], [1.0], [1.0]])).sum()).backward()
+            gradients.append(weighted.grad)
+        assert gradients[1].isfinite().all()
+        assert relative(gradients[1][1:], gradients[0][1:]) < 1e-5
 
     @pytest.mark.parametrize("case", TWICE)
     @pytest.mark.parametrize(("world", "mesh"), ON_EVERY_MESH, ids=label)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Generic, TypeVar, cast
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,8 @@ class Prefetched(Iterator[T], Generic[T]):
         self._items, self._closed = items, threading.Event()
         self._queue: queue.Queue[object] = queue.Queue(depth)
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        # A thread begins on device 0, whichever its maker is on.
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._ahead = depth > 0
         if self._ahead:
             self._thread.start()
@@ -70,6 +74,8 @@ class Prefetched(Iterator[T], Generic[T]):
     def _work(self) -> None:
         last: object = _END
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
             for item in self._items:
                 if not self._put(item):
                     return

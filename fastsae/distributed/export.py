@@ -60,13 +60,13 @@ def write_shards(
     state = {name: t.detach() for name, t in sae.state_dict().items()}
     files, places = _layout(sae, state, largest_file)
     writing = mesh.on_first(partial(_begin, folder, files))
-    failed: OSError | None = None
+    failed: Exception | None = None
     if mesh.part == 0:
         try:
             for name, t in state.items():
                 if mesh.shard == 0 or latent_axis(sae, name) is not None:
                     _write_part(writing / places[name].file, places[name], sae, name, t)
-        except OSError as error:
+        except Exception as error:
             failed = error
     if mesh.any(failed is not None):
         raise failed or OSError("another process could not write its shard")

@@ -248,7 +248,10 @@ def join_processes(
         # torchrun keeps the store when it starts processes again: what the ones before wrote there,
         # addresses that nobody answers at, must not be found.
         kept = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timeout,
         )
         attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         store = dist.PrefixStore(attempt, kept)  # pyright: ignore[reportPrivateImportUsage]

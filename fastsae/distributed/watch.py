@@ -29,6 +29,9 @@ class ProcessLost(RuntimeError):
 def watched(mesh: Mesh, step: Callable[[], int]) -> Iterator[None]:
     """Inside this context a collective that fails raises `ProcessLost`, which names the cause.
 
+    That is so with gloo. NCCL ends the process itself after the time-out, and torchrun says which
+    one failed first.
+
     Args:
         step: how far this process is.
     """

@@ -23,7 +23,8 @@ def is_sparse(sae: SAE, x: Tensor, threshold: float | Tensor = 0.0) -> bool:
     code = threshold_encode(
         probe, sae.W_enc, sae.b_enc, threshold=threshold, b_pre=sae.b_pre, impl=sae.impl
     )
+    if sae.shards is None:
+        return code.acts.numel() < SPARSE_BELOW * len(probe) * sae.cfg.d_sae
     share = code.acts.new_tensor(code.acts.numel() / len(probe))
-    if sae.shards is not None:
-        share = sae.shards.mean_of_parts(sae.shards.total(share))
+    share = sae.shards.mean_of_parts(sae.shards.total(share))
     return bool(share < SPARSE_BELOW * sae.cfg.d_sae)

@@ -149,8 +149,13 @@ class StandardSAE(SAE):
         p = self.cfg.lp_norm
         if self.shards is None:
             return weighted.norm(p=p, dim=-1)
-        sums = self._over_latents(weighted.abs().pow(p).sum(-1))
-        return sums if p == 1 else sums.pow(1 / p)
+        if p == 1:
+            return self._over_latents(weighted.abs().sum(-1))
+        # Zeros are kept out of the powers, whose slopes there may be infinite.
+        some = weighted != 0
+        powers = torch.where(some, weighted, 1).abs().pow(p)
+        sums = self._over_latents(torch.where(some, powers, 0).sum(-1))
+        return torch.where(sums > 0, torch.where(sums > 0, sums, 1).pow(1 / p), 0)
 
     @property
     def ghost_coefficient(self) -> float:

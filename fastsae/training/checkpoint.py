@@ -62,7 +62,6 @@ def save_checkpoint(trainer: "Trainer") -> Path:
             tensors_of(trainer),
             state,
             path,
-            then=lambda: remove_old_checkpoints(folder, trainer.cfg),
         )
         return path
     tensors = {f"dead.{name}": t for name, t in trainer.dead.state_dict().items()}

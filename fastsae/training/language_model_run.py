@@ -202,8 +202,8 @@ def train_side_by_side(
     """The same for the SAE of the run and those in `also`, by the names of their folders.
 
     Activations are harvested once a hook, and every SAE of it gets the same batches. Of several
-    processes all make this call; the first evaluates and returns SAEs that are split, the others
-    return none.
+    processes all make this call: of SAEs that are split the first evaluates and returns the whole
+    ones, and the others return none; of `layers` each has its own.
 
     Args:
         say: called with what is known before the work starts: the memory it will take.

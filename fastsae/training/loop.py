@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +73,20 @@ def fit_together(
 
 
 def settle(trainers: Iterable[Trainer]) -> None:
-    """Wait until what was saved is on disk."""
-    for trainer in trainers:
+    """Wait until what several processes saved is on disk; then older ones are removed."""
+    behind = [trainer for trainer in trainers if trainer.saves is not None]
+    for trainer in behind:
         trainer.settle()
+    for trainer in behind:
+        if trainer.out is not None:
+            folder, cfg = trainer.out / "checkpoints", trainer.cfg
+            trainer.mesh.on_first(partial(remove_old_checkpoints, folder, cfg))
 
 
 def save_together(trainers: Iterable[Trainer]) -> list[Path]:
     """A checkpoint of each; then older ones beyond `keep_checkpoints` are removed."""
+    trainers = list(trainers)
+    settle(trainers)
     saved = [(trainer, save_checkpoint(trainer)) for trainer in trainers]
     for trainer, path in saved:
         if trainer.saves is None:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -44,18 +43,8 @@ class SavesBehind:
         self._pending: Future[Any] | None = None
         self._renamed: Future[None] | None = None
 
-    def start(
-        self,
-        tensors: dict[str, Tensor],
-        state: dict[str, Any],
-        path: Path,
-        then: Callable[[], None],
-    ) -> None:
-        """Copy the tensors and have them written; `path` appears once all processes have written.
-
-        Args:
-            then: called on rank 0 after that.
-        """
+    def start(self, tensors: dict[str, Tensor], state: dict[str, Any], path: Path) -> None:
+        """Copy the tensors and have them written; `path` appears once all have written."""
         self.wait()
         temporary = path.with_name(f".{path.name}.saving")
         self.mesh.on_first(partial(_empty_folder, temporary, state))
@@ -64,13 +53,12 @@ class SavesBehind:
         self._pending = made
         if self.mesh.is_first:
             self._renamed = Future()
-            made.add_done_callback(partial(self._appear, temporary, path, then, self._renamed))
+            made.add_done_callback(partial(self._appear, temporary, path, self._renamed))
 
     def _appear(
         self,
         temporary: Path,
         path: Path,
-        then: Callable[[], None],
         renamed: "Future[None]",
         written: "Future[Any]",
     ) -> None:
@@ -78,7 +66,6 @@ class SavesBehind:
         try:
             written.result()
             os.replace(temporary, path)
-            then()
             renamed.set_result(None)
         except BaseException as error:  # handed to the one that waits
             renamed.set_exception(error)
@@ -87,15 +74,18 @@ class SavesBehind:
         """Until what was started is on disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: on every process, where one could not write.
         """
         if self._pending is None:
             return
-        self._pending.result()
-        if self._renamed is not None:
-            self._renamed.result()
+        failed: BaseException | None = None
+        for future in (self._pending, self._renamed):
+            if future is not None:
+                failed = failed or future.exception()
         self._pending = self._renamed = None
-        self.mesh.any(False)  # nobody looks for it before it is there
+        if self.mesh.any(failed is not None):  # and nobody looks for it before it is there
+            reason = failed or "another process could not write its part"
+            raise OSError(f"checkpoint could not be written, {reason}") from failed
 
 
 def _empty_folder(temporary: Path, state: dict[str, Any]) -> None:

@@ -125,7 +125,8 @@ class Trainer:
             self.check_finite(part, self.steps_done + 1)
         wide = [part.to(self.device, torch.float32) for part in parts]
         self.scaling.fit(*wide)
-        self.scaling.load_state_dict(self._of_first(self.scaling.state_dict()))
+        if self.mesh.size > 1:
+            self.scaling.load_state_dict(self._of_first(self.scaling.state_dict()))
         if self.start is not None:
             state = self.start.state_dict()
             self.sae.load_state_dict(shard_of(self.sae, state), strict=False)
@@ -180,6 +181,9 @@ class Trainer:
     @contextmanager
     def tracked(self) -> Iterator[None]:
         """Inside this context lines of the log go to the trackers of the configuration too."""
+        if not self.mesh.is_first:
+            yield
+            return
         with trackers_of(self.cfg, self.out, self.steps_done) as self._trackers:
             try:
                 yield
