@@ -14,6 +14,11 @@ def latent_axis(sae: SAE, name: str) -> int | None:
     return 1 if name == "W_enc" else 0
 
 
+def by_latent(name: str, t: Tensor) -> Tensor:
+    """`t`, like the parameter `name`, with one latent a row; twice is `t` again."""
+    return t.t() if name == "W_enc" and t.ndim == 2 else t
+
+
 def whole_shape(sae: SAE, name: str, t: Tensor) -> list[int]:
     """Of what `t` is this shard's part of."""
     shape, axis = list(t.shape), latent_axis(sae, name)

@@ -6,6 +6,7 @@ the other, so that every shard knows where its rows, or its piece of each row, g
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ def write_shards(
         except Exception as error:
             failed = error
     if mesh.any(failed is not None):
+        mesh.on_first(partial(shutil.rmtree, writing))
         raise failed or OSError("another process could not write its shard")
     return mesh.on_first(partial(_finish, folder, writing, sae, state, places))
 

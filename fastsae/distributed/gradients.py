@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastsae.distributed.mesh import Mesh
+from fastsae.distributed.mesh import Extent, Mesh
 from fastsae.distributed.shards import range_of
 from fastsae_kernels import DenseGrad, LatentGroups, PairGrad, RowGrad, SubsetGrad
 
@@ -37,26 +37,25 @@ class Traffic:
 
 
 def traffic(
-    *, dp: int, tp: int, batch: int, d_in: int, d_out: int, d_sae: int, k: float, itemsize: int
+    mesh: Extent, *, rows: int, d_in: int, d_out: int, d_sae: int, n_pairs: int, itemsize: int
 ) -> Traffic:
     """By both ways, with ring algorithms.
 
-        pairs = (dp - 1) B / dp (D s + D_out s_err + 16 k / tp)
+        pairs = (dp - 1) (B' (D + D_out) s + 16 P)
         rows  = 2 (dp - 1) ceil(F / tp / dp) (D + D_out) 4
 
-    With s the bytes of an element of the rows and s_err = 2 for half-precision rows, else 4 (8).
+    With s the bytes of an element of the rows that are multiplied.
 
     Args:
-        batch: rows of the whole batch.
-        k: active latents a row.
-        itemsize: of the rows' dtype.
+        rows: B', of a part.
+        n_pairs: P, active on one shard of a part.
+        itemsize: s.
     """
-    part = batch // dp
-    operands = part * itemsize * (d_in + d_out)
-    owned = len(range_of(len(range_of(d_sae, tp, 0)), dp, 0))
+    owned = len(range_of(len(range_of(d_sae, mesh.tp, 0)), mesh.dp, 0))
+    operands = rows * itemsize * (d_in + d_out)
     return Traffic(
-        pairs=int((dp - 1) * (operands + part * k / tp * BYTES_A_PAIR)),
-        rows=2 * (dp - 1) * owned * (d_in + d_out) * max(4, itemsize),
+        pairs=(mesh.dp - 1) * (operands + n_pairs * BYTES_A_PAIR),
+        rows=2 * (mesh.dp - 1) * owned * (d_in + d_out) * max(4, itemsize),
     )
 
 

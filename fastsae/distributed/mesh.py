@@ -92,14 +92,15 @@ class Mesh:
         return self.dp * self.tp
 
     @property
+    def shape(self) -> Extent:
+        return Extent(self.dp, self.tp, self.part, self.shard)
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def extent(self, axis: Axis) -> int:
         return {"dp": self.dp, "tp": self.tp, "world": self.size}[axis]
-
-    def position(self, axis: Axis) -> int:
-        return {"dp": self.part, "tp": self.shard, "world": self.rank}[axis]
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
         """Of the processes along an axis; None: all."""
@@ -114,12 +115,12 @@ class Mesh:
     def least(self, t: Tensor, axis: Axis) -> Tensor:
         return self._reduced(t, axis, dist.ReduceOp.MIN)
 
-    def any(self, flag: bool | Tensor, axis: Axis = "world") -> bool:
-        """Whether it holds anywhere along the axis; the host waits."""
-        if self.extent(axis) == 1:
-            return bool(flag)
-        found = torch.as_tensor(flag, device=self.device).to(torch.int32)
-        return bool(self._reduced(found, axis, dist.ReduceOp.MAX))
+    def any(self, flag: bool) -> bool:
+        """Whether it holds for any process; the host waits for the others."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(flag, dtype=torch.int32, device=self.device)
+        return bool(self._reduced(found, "world", dist.ReduceOp.MAX))
 
     @torch.no_grad()
     def gather(self, t: Tensor, axis: Axis) -> Tensor:
@@ -155,14 +156,12 @@ class Mesh:
         return out
 
     @torch.no_grad()
-    def broadcast(self, t: Tensor, axis: Axis = "world") -> None:
-        """Everyone's t becomes that of the first along the axis."""
-        if self.extent(axis) > 1:
-            group = self.group(axis)
-            source = 0 if group is None else dist.get_global_rank(group, 0)
+    def broadcast(self, t: Tensor) -> None:
+        """Everyone's t becomes that of rank 0."""
+        if self.size > 1:
             dense = t.contiguous()
-            self._count("broadcast", axis, t.nbytes)
-            dist.broadcast(dense, source, group)
+            self._count("broadcast", "world", t.nbytes)
+            dist.broadcast(dense, 0)
             t.copy_(dense)
 
     def on_first(self, work: Callable[[], T]) -> T:

@@ -3,10 +3,10 @@
 from fastsae.saes.abstopk import AbsTopKConfig as AbsTopKConfig
 from fastsae.saes.abstopk import AbsTopKSAE as AbsTopKSAE
 from fastsae.saes.base import SAE as SAE
-from fastsae.saes.base import SAEConfig as SAEConfig
 from fastsae.saes.base import SAELoss as SAELoss
 from fastsae.saes.batchtopk import BatchTopKConfig as BatchTopKConfig
 from fastsae.saes.batchtopk import BatchTopKSAE as BatchTopKSAE
+from fastsae.saes.config import SAEConfig as SAEConfig
 from fastsae.saes.gated import GatedConfig as GatedConfig
 from fastsae.saes.gated import GatedSAE as GatedSAE
 from fastsae.saes.jumprelu import JumpReLUConfig as JumpReLUConfig

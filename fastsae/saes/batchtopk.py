@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import SAEConfig, SAELoss
+from fastsae.saes.base import SAELoss
+from fastsae.saes.config import SAEConfig
 from fastsae.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from fastsae.saes.topk import TopKSAE, refuse_auxk_under_run_time_normalisation
 from fastsae_kernels import RaggedCode, batch_topk_encode

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows
+from fastsae.saes.base import SAE, SAELoss, TrainingRows
+from fastsae.saes.config import SAEConfig
 from fastsae.saes.density import is_sparse
 from fastsae_kernels import (
     ChunkSums,
@@ -228,8 +229,7 @@ class JumpReLUSAE(SAE):
             x, self.W_enc, self.b_enc, threshold=self.threshold, b_pre=self.b_pre, impl=self.impl
         )
         fired = code.indices.bincount(minlength=len(self.latents)) / len(x)
-        fired = fired if self.shards is None else self.shards.mean_of_parts(fired)
-        excess = (fired / self.cfg.target_frequency).clamp_min(1).log10()
+        excess = (self._over_parts(fired) / self.cfg.target_frequency).clamp_min(1).log10()
         return self.cfg.frequency_coefficient * excess
 
     @torch.no_grad()

@@ -86,6 +86,4 @@ class LegacyStandardSAE(StandardSAE):
 
     def _centred_norms(self, rows: TrainingRows) -> Float[Tensor, " B"]:
         wide = rows.target.float()
-        mean = wide.mean(0)
-        mean = mean if self.shards is None else self.shards.mean_of_parts(mean)
-        return (wide - mean).norm(dim=-1) + 1e-6
+        return (wide - self._over_parts(wide.mean(0))).norm(dim=-1) + 1e-6

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss
+from fastsae.saes.base import SAE, SAELoss
+from fastsae.saes.config import SAEConfig
 from fastsae_kernels import RaggedCode, sparse_decode, topk_encode
 
 

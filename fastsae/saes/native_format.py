@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsae.files import current, replacing_together
-from fastsae.saes.base import SAE, SAEConfig
+from fastsae.saes.base import SAE
+from fastsae.saes.config import SAEConfig
 from fastsae.saes.older_format import FORMAT_VERSION, from_before_6, is_of_version_6
 
 CONFIG = "cfg.json"

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows
+from fastsae.saes.base import SAE, SAELoss, TrainingRows
+from fastsae.saes.config import SAEConfig
 from fastsae.saes.density import is_sparse
 from fastsae_kernels import (
     ChunkSums,
@@ -147,8 +148,6 @@ class StandardSAE(SAE):
 
     def _p_norm(self, weighted: Tensor) -> Float[Tensor, " c"]:
         p = self.cfg.lp_norm
-        if self.shards is None:
-            return weighted.norm(p=p, dim=-1)
         if p == 1:
             return self._over_latents(weighted.abs().sum(-1))
         # Zeros are kept out of the powers, whose slopes there may be infinite.

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss
+from fastsae.saes.base import SAE, SAELoss
+from fastsae.saes.config import SAEConfig
 from fastsae_kernels import RaggedCode, SparseCode, threshold_encode, topk_encode
 
 Novelty = Literal["topk", "relu"]

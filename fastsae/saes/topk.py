@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import RUN_TIME_NORMALIZATIONS, SAE, SAEConfig, SAELoss, TrainingRows
+from fastsae.saes.base import SAE, SAELoss, TrainingRows
+from fastsae.saes.config import RUN_TIME_NORMALIZATIONS, SAEConfig
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,

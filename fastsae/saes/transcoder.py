@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsae.saes.base import SAE, SAEConfig, SAELoss, TrainingRows, row_mean
+from fastsae.saes.base import SAE, SAELoss, TrainingRows, row_mean
+from fastsae.saes.config import SAEConfig
 from fastsae.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from fastsae.saes.standard import StandardConfig, StandardSAE
 

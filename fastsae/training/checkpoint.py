@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastsae.distributed.assembly import part_of_latents, shard_of
+from fastsae.distributed.assembly import by_latent, part_of_latents, shard_of
 from fastsae.files import replacing
 from fastsae.saes import SAE
 from fastsae.training.config import TrainConfig
 from fastsae.training.memory_order import restore_memory_order
+from fastsae.training.optimizer import DICTIONARY
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
@@ -160,12 +161,17 @@ def _load_whole(trainer: "Trainer", path: Path, tensors: dict[str, Tensor]) -> N
         )
 
 
+def owns_rows(trainer: "Trainer", name: str) -> bool:
+    """Whether a parameter's state here is that of the rows that this process updates only."""
+    return name in DICTIONARY and trainer.parts.splits_rows
+
+
 def _optimizer_state(trainer: "Trainer", name: str, parameter: Tensor, saved: Tensor) -> Tensor:
     """One tensor of a parameter's state, where and how its optimizer keeps it."""
     saved = part_of_latents(trainer.sae, name, saved)
-    if saved.ndim and trainer.optimizer.holds_owned_rows(parameter):
-        rows = saved.t() if name == "W_enc" and saved.ndim == 2 else saved
-        mine = rows[trainer.optimizer.owned_rows(len(rows))]
+    if saved.ndim and owns_rows(trainer, name):
+        rows = by_latent(name, saved)
+        mine = rows[trainer.parts.owned(len(rows))]
         return mine.clone(memory_format=torch.contiguous_format).to(parameter.device)
     if saved.shape == parameter.shape:
         return restore_memory_order(parameter, saved)

@@ -64,12 +64,6 @@ class DenseOptimizer:
         for _, gradient in self._gradients():
             gradient.copy_(self._parts.mean(gradient))
 
-    def holds_owned_rows(self, p: Tensor) -> bool:
-        return False
-
-    def owned_rows(self, n_rows: int) -> slice:
-        return slice(0, n_rows)
-
     def gradient_norm(self) -> Tensor:
         return self._parts.norm({p: g.norm() for p, g in self._gradients()}, ())
 

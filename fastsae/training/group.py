@@ -98,7 +98,7 @@ class TrainerGroup:
         """
         cfgs = {name: trainer.cfg for name, trainer in self.trainers.items()}
         one = next(iter(self.trainers.values()))
-        with explained(MemoryPlan(cfgs, one.device, mesh=one.mesh)):
+        with explained(MemoryPlan(cfgs, one.device, mesh=one.mesh.shape)):
             fit_together(self.trainers, batches, sample, progress)
         return {name: trainer.finish() for name, trainer in self.trainers.items()}
 

@@ -230,7 +230,7 @@ def train_side_by_side(
     cfgs = {
         name: _config(run, one, source, hooks[name], starts.get(name)) for name, one in runs.items()
     }
-    plan = MemoryPlan(cfgs, device, source.held_bytes(places), source.halved, mesh)
+    plan = MemoryPlan(cfgs, device, source.held_bytes(places), source.halved, mesh.shape)
     if say is not None and world.is_first:
         say(plan.table() if plan.fits else f"{plan.table()}\n{plan.advice()}")
     with explained(plan):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastsae.distributed.mesh import Extent, Mesh
+from fastsae.distributed.mesh import Extent
 from fastsae.distributed.shards import LatentShards, range_of
 from fastsae.saes import SAES
 from fastsae.training.config import TrainConfig
@@ -42,7 +42,7 @@ class MemoryPlan:
     """Bytes that stay for the whole run besides: activations, a language model."""
     halved: Mapping[str, str] = field(default_factory=dict)
     """For an item of `held`, the setting that halves it."""
-    mesh: Mesh | Extent = Extent()
+    mesh: Extent = Extent()
     """The processes that share a run; the bytes are those of one that has most."""
 
     def items(self) -> dict[str, int]:
@@ -119,7 +119,7 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _kept(cfg: TrainConfig, mesh: Mesh | Extent) -> dict[str, int]:
+def _kept(cfg: TrainConfig, mesh: Extent) -> dict[str, int]:
     """Bytes of what stays from step to step, and of the gradients."""
     first = Extent(mesh.dp, mesh.tp)  # its shard is the widest
     shards = LatentShards(first, cfg.sae.d_sae) if mesh.size > 1 else None
@@ -151,7 +151,7 @@ def _kept(cfg: TrainConfig, mesh: Mesh | Extent) -> dict[str, int]:
     }
 
 
-def _step(cfg: TrainConfig, device: torch.device, mesh: Mesh | Extent) -> int:
+def _step(cfg: TrainConfig, device: torch.device, mesh: Extent) -> int:
     """Rows and errors of a batch, the pairs of a part of it, and the workspace."""
     batch = (cfg.batch_size or 0) // mesh.dp
     part = min(cfg.micro_batch_size or batch, batch)

@@ -123,13 +123,9 @@ class RowAdam(torch.optim.Optimizer):
         rows = rows_of(p if copy is None else copy)
         return rows[self._parts.owned(len(rows))] if p in self._row_grads else rows
 
-    def holds_owned_rows(self, p: Tensor) -> bool:
+    def _splits(self, p: Tensor) -> bool:
         """Whether a parameter's state is that of the rows that this process updates only."""
         return p in self._row_grads and self._parts.splits_rows
-
-    def owned_rows(self, n_rows: int) -> slice:
-        """Those rows, of `n_rows`."""
-        return self._parts.owned(n_rows)
 
     def scale_gradient(self, factor: Tensor) -> None:
         """Multiply the gradient of the next step: the rows' is scaled as it is summed."""
@@ -142,7 +138,7 @@ class RowAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     kind = self._moments if p in self._row_grads else "float32"
-                    like = self._rows(p) if self.holds_owned_rows(p) else p
+                    like = self._rows(p) if self._splits(p) else p
                     state.update({"step": torch.zeros(()), **new_moments(like, kind)})
                 for name, value in state.items():
                     if value.shape == p.shape:
@@ -169,7 +165,7 @@ class RowAdam(torch.optim.Optimizer):
         else:
             pair = (moments["exp_avg"], moments["exp_avg_sq"])
             row_adam(rows, self._gradient(p), *pair, **options)
-        if self.holds_owned_rows(p):
+        if self._splits(p):
             self._parts.spread(rows_of(p))
             if copy is not None:
                 copy.copy_(p)

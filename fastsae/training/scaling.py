@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.saes import SAE
-from fastsae.saes.base import Normalization
+from fastsae.saes.config import Normalization
 from fastsae.saes.transcoder import Transcodes
 
 WHITENING_RIDGE = 1e-3  # SAELens's, added to each eigenvalue

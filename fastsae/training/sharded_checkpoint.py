@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fastsae.distributed.assembly import latent_axis
+from fastsae.distributed.assembly import by_latent, latent_axis
 from fastsae.distributed.mesh import Mesh
+from fastsae.training.checkpoint import STATE, owns_rows
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
@@ -92,14 +93,14 @@ def _empty_folder(temporary: Path, state: dict[str, Any]) -> None:
     for left_by_a_kill in temporary.parent.glob(".step-*"):
         shutil.rmtree(left_by_a_kill)
     temporary.mkdir(parents=True)
-    (temporary / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    (temporary / STATE).write_text(json.dumps(state, indent=2))
 
 
 def tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
     """All that a resumed run needs, as `torch.distributed.checkpoint` takes it."""
     found = {f"sae.{n}": placed(trainer, n, t) for n, t in trainer.sae.state_dict().items()}
     for name, parameter in trainer.sae.named_parameters():
-        owned = trainer.optimizer.holds_owned_rows(parameter)
+        owned = owns_rows(trainer, name)
         for key, t in trainer.optimizer.state[parameter].items():
             found[f"optimizer.{name}.{key}"] = (
                 t.reshape(()) if t.ndim == 0 else placed(trainer, name, t, owned=owned)
@@ -118,7 +119,7 @@ def placed(trainer: "Trainer", name: str, t: Tensor, *, owned: bool = False) -> 
     t, mesh = t.detach(), trainer.mesh
     if latent_axis(trainer.sae, name) is None:
         return t
-    rows = t.t() if name == "W_enc" and t.ndim == 2 and not owned else t
+    rows = t if owned else by_latent(name, t)
     if mesh.size == 1:
         return rows
     shape = torch.Size([trainer.cfg.sae.d_sae, *rows.shape[1:]])
@@ -170,9 +171,8 @@ def _room(
     if latent_axis(trainer.sae, name) is None:
         return torch.zeros(size, dtype=dtype, device=parameter.device)
     n_rows = len(trainer.sae.latents)
-    owned = trainer.optimizer.holds_owned_rows(parameter)
+    owned = owns_rows(trainer, name)
     if owned:
-        here = trainer.optimizer.owned_rows(n_rows)
-        n_rows = here.stop - here.start
+        n_rows = len(range(n_rows)[trainer.parts.owned(n_rows)])
     rows = torch.zeros(n_rows, *size[1:], dtype=dtype, device=parameter.device)
-    return rows.t() if name == "W_enc" and rows.ndim == 2 and not owned else rows
+    return rows if owned else by_latent(name, rows)

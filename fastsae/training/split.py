@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import torch
 
-from fastsae.distributed.gradients import Exchange, traffic
+from fastsae.distributed.gradients import Exchange, Traffic, traffic
 from fastsae.distributed.mesh import Extent, Mesh
 from fastsae.saes import SAES
 from fastsae.training.config import TrainConfig
@@ -20,7 +20,7 @@ def check_agreement(cfg: TrainConfig, mesh: Mesh) -> None:
     mesh.check_agreement({**versions, **asdict(cfg), "architecture": cfg.sae.architecture})
 
 
-def check_split(cfg: TrainConfig, mesh: Mesh | Extent) -> None:
+def check_split(cfg: TrainConfig, mesh: Extent) -> None:
     """Raise ValueError where a resolved run cannot be split over a mesh."""
     if mesh.size == 1:
         return
@@ -47,7 +47,7 @@ def check_split(cfg: TrainConfig, mesh: Mesh | Extent) -> None:
         raise ValueError(f"tp must be 1 for kind 'muon', which needs whole matrices, got {mesh.tp}")
 
 
-def exchange_of(cfg: TrainConfig, mesh: Mesh | Extent) -> Exchange:
+def exchange_of(cfg: TrainConfig, mesh: Extent) -> Exchange:
     """What travels between the parts of a batch: what was asked for, or the fewer bytes."""
     if cfg.exchange != "auto":
         return cfg.exchange
@@ -56,13 +56,17 @@ def exchange_of(cfg: TrainConfig, mesh: Mesh | Extent) -> Exchange:
     k = getattr(cfg.sae, "k", None)
     if k is None:  # a code of thresholds may be nearly dense at first
         return "rows"
+    return traffic_of(cfg, mesh, int((cfg.batch_size or 0) // mesh.dp * k / mesh.tp)).cheaper
+
+
+def traffic_of(cfg: TrainConfig, mesh: Extent, n_pairs: int) -> Traffic:
+    """Between the parts of a run's batches, with so many active pairs on a shard of a part."""
     return traffic(
-        dp=mesh.dp,
-        tp=mesh.tp,
-        batch=cfg.batch_size or 0,
+        mesh,
+        rows=(cfg.batch_size or 0) // mesh.dp,
         d_in=cfg.sae.d_in,
         d_out=cfg.sae.d_out,
         d_sae=cfg.sae.d_sae,
-        k=float(k),
+        n_pairs=n_pairs,
         itemsize=getattr(torch, cfg.compute_dtype or cfg.sae.dtype).itemsize,
-    ).cheaper
+    )

@@ -26,6 +26,7 @@ from fastsae.training.centre import CENTRES
 from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint
 from fastsae.training.config import TrainConfig
 from fastsae.training.dead_latents import DeadLatents
+from fastsae.training.figures import check_finite, figures_of, joined
 from fastsae.training.log import RunLog
 from fastsae.training.loop import fit_together, save_together
 from fastsae.training.memory import MemoryPlan, explained
@@ -77,14 +78,14 @@ class Trainer:
         self.cfg = cfg = cfg.resolved(self.device)
         self.mesh = mesh = mesh or Mesh(device=self.device)
         check_agreement(cfg, mesh)
-        check_split(cfg, mesh)
+        check_split(cfg, mesh.shape)
         torch.manual_seed(cfg.seed)
         shards = LatentShards(mesh, cfg.sae.d_sae) if mesh.size > 1 else None
         self.sae: SAE = SAES[cfg.sae.architecture](cfg.sae, device=self.device, shards=shards)
         self.lr = cfg.optimizer.lr or 0.0
         whole = [p for n, p in self.sae.named_parameters() if n in self.sae.WITHOUT_LATENT_AXIS]
-        parts = Parts(mesh, exchange_of(cfg, mesh), whole)
-        self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr, parts)
+        self.parts = Parts(mesh, exchange_of(cfg, mesh.shape), whole)
+        self.optimizer = build_optimizer(self.sae, cfg.optimizer, self.lr, self.parts)
         self.dead = DeadLatents(
             len(self.sae.latents),
             cfg.dead_window or 0,
@@ -122,7 +123,7 @@ class Trainer:
         """
         parts = [rows] if targets is None else [rows, targets]
         for part in parts:
-            self.check_finite(part, self.steps_done + 1)
+            check_finite(part, self.steps_done + 1, self.mesh)
         wide = [part.to(self.device, torch.float32) for part in parts]
         self.scaling.fit(*wide)
         if self.mesh.size > 1:
@@ -168,7 +169,7 @@ class Trainer:
                 checkpoint saved.
         """
         tell = None if progress is None else (lambda _, line: progress(line))
-        with explained(MemoryPlan({"": self.cfg}, self.device, mesh=self.mesh)):
+        with explained(MemoryPlan({"": self.cfg}, self.device, mesh=self.mesh.shape)):
             fit_together({"": self}, batches, sample, tell)
         return self.finish()
 
@@ -199,7 +200,7 @@ class Trainer:
         logged, saved = self.is_logged(number), self.is_saved(number)
         if logged or saved:
             for part in _rows_and_targets(batch):
-                self.check_finite(part, number)
+                check_finite(part, number, self.mesh)
         loss = self.step(*_rows_and_targets(batch))
         self.training_seconds += time.perf_counter() - started
         if logged or saved:
@@ -318,7 +319,10 @@ class Trainer:
         return fired / max(1, self.dead.tokens)
 
     def save(self) -> Path:
-        """Write a checkpoint; older ones beyond `keep_checkpoints` are removed."""
+        """Write a checkpoint; older ones beyond `keep_checkpoints` are removed.
+
+        Several processes write behind the training: it is there after `settle`.
+        """
         return save_together([self])[0]
 
     def resume(self) -> bool:
@@ -355,42 +359,19 @@ class Trainer:
             )
 
     def _record(self, loss: SAELoss) -> None:
-        mesh, n_tokens = self.mesh, len(loss.x) * self.mesh.dp
-        rows = (loss.x if loss.target is None else loss.target).to(loss.err.dtype)
-        mean = mesh.mean(rows.mean(0), "dp")
-        squares = [(rows - mean).square().sum(), loss.err.square().sum()]
-        spread, error = mesh.sum(torch.stack(squares), "dp")
-        here = torch.stack([self.dead.dead().sum(), (self.dead.fired == 0).sum()])
-        dead, never_fired = mesh.sum(here, "tp").tolist()
         self.metrics = {
             "step": self.steps_done,
             "tokens": self.dead.tokens,
             "loss": float(self._total),
-            **{name: float(mesh.mean(value, "dp")) for name, value in loss.terms.items()},
-            "fvu": float(error / spread),
-            "l0": float(mesh.sum(loss.counts.sum(), "world")) / n_tokens,
-            "dead": dead,
-            "never_fired": never_fired,
+            **figures_of(loss, self.dead, self.mesh),
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(self.training_seconds, 3),
-            "tokens_per_second": round(n_tokens * self.steps_done / self.training_seconds),
+            "tokens_per_second": round(self.dead.tokens / self.training_seconds),
         }
-        if mesh.is_first:
+        if self.mesh.is_first:
             self.log.write(self.metrics)
             for tracker in self._trackers:
                 tracker.write(self.metrics)
-
-    def check_finite(self, rows: Tensor, step: int) -> None:
-        """Raise ValueError, on every process, where any of them holds NaN or inf."""
-        bad = (~rows.isfinite()).any(dim=-1)
-        n_bad = int(bad.sum())
-        if not self.mesh.any(n_bad > 0):
-            return
-        where = f"the first at row {int(bad.int().argmax())}" if n_bad else "others on other ranks"
-        raise ValueError(
-            f"activations must be finite, got NaN or inf in {n_bad} rows of the batch at "
-            f"step {step}, {where}"
-        )
 
 
 def _saves_behind(mesh: Mesh) -> "SavesBehind | None":
@@ -405,24 +386,6 @@ def _saves_behind(mesh: Mesh) -> "SavesBehind | None":
 def write_sparsity(folder: Path, log_sparsity: Float[Tensor, " F"]) -> None:
     with replacing(folder / "sparsity.safetensors") as temporary:
         save_file({"sparsity": log_sparsity}, temporary)
-
-
-def joined(losses: list[SAELoss]) -> SAELoss:
-    """The loss of a batch from those of its parts; the parts' codes are left out."""
-    if len(losses) == 1:
-        return losses[0]
-    rows = sum(len(loss.x) for loss in losses)
-    shares = [len(loss.x) / rows for loss in losses]
-    mean = lambda values: torch.stack([s * v for s, v in zip(shares, values, strict=True)]).sum()
-    targets = [loss.target for loss in losses if loss.target is not None]
-    return SAELoss(
-        total=mean([loss.total.detach() for loss in losses]),
-        terms={name: mean([loss.terms[name] for loss in losses]) for name in losses[0].terms},
-        x=torch.cat([loss.x for loss in losses]),
-        err=torch.cat([loss.err for loss in losses]),
-        counts=torch.stack([loss.counts for loss in losses]).sum(0),
-        target=torch.cat(targets) if targets else None,
-    )
 
 
 def check_fits(sae: SAE, start: SAE) -> None:

@@ -59,9 +59,9 @@ class Shards(Protocol):
         ...
 
 
-def refuse_reference(impl: Impl) -> None:
-    """Raise ValueError: the dense mathematics know of one dictionary only."""
-    if impl is Impl.REFERENCE:
+def check_shards(shards: Shards | None, impl: Impl) -> None:
+    """Raise ValueError for shards of the reference, whose dense mathematics know none."""
+    if shards is not None and impl is Impl.REFERENCE:
         raise ValueError("impl must be 'auto', 'triton' or 'eager' with shards, got 'reference'")
 
 

@@ -3,7 +3,7 @@ from torch import Tensor
 
 from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
-from fastsae_kernels.shards import Shards, refuse_reference
+from fastsae_kernels.shards import Shards, check_shards
 
 
 def aux_topk(
@@ -61,8 +61,7 @@ def aux_topk(
         raise TypeError(f"dead must be bool, got {dead.dtype}")
     check_same_device(x=x, err=err, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
-    if shards is not None:
-        refuse_reference(impl)
+    check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.auxk.reference import aux_topk as reference
 

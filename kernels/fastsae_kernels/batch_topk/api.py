@@ -3,7 +3,7 @@ from torch import Tensor
 from fastsae_kernels._checks import check_float, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import MOST_ENTRIES, RaggedCode
-from fastsae_kernels.shards import Shards, refuse_reference
+from fastsae_kernels.shards import Shards, check_shards
 
 
 def batch_topk_encode(
@@ -70,8 +70,7 @@ def batch_topk_encode(
             f"over {n_rows} rows"
         )
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
-    if shards is not None:
-        refuse_reference(impl)
+    check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.batch_topk.reference import batch_topk_encode as reference
 

@@ -12,7 +12,7 @@ from fastsae_kernels._checks import (
 )
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode, SparseCode
-from fastsae_kernels.shards import Shards, refuse_reference
+from fastsae_kernels.shards import Shards, check_shards
 
 
 class MSEL1(NamedTuple):
@@ -95,8 +95,7 @@ def mse_l1_loss(
         W_compute=W_compute,
     )
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, code.acts.dtype, W_dec.dtype))
-    if shards is not None:
-        refuse_reference(impl)
+    check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.loss.reference import mse_l1_loss as reference
 

@@ -9,7 +9,7 @@ from fastsae_kernels._row_grads import RowGrad, emit_pairs, row_grads_of
 from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode, entry_rows, flattened
 from fastsae_kernels.grouping.eager import group_by_latent
 from fastsae_kernels.grouping.ops import segment_total
-from fastsae_kernels.loss.ops import mse_l1_rows, mse_l1_rows_of_shard
+from fastsae_kernels.loss.ops import mse_l1_rows
 from fastsae_kernels.shards import Shards
 
 
@@ -69,13 +69,18 @@ class _MSEL1Loss(torch.autograd.Function):
         sink: list[RowGrad] | None,
         *groups: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weight = W_dec if W_compute is None else W_compute
-        arguments = (x, row_offsets, indices, acts, weight, b_dec, l1_weight)
-        needs_dots = ctx.needs_input_grad[0]
-        if shards is None:
-            row_mse, row_l1, err, dots = mse_l1_rows(*arguments, needs_dots, impl)
-        else:
-            row_mse, row_l1, err, dots = mse_l1_rows_of_shard(*arguments, needs_dots, impl, shards)
+        row_mse, row_l1, err, dots = mse_l1_rows(
+            x,
+            row_offsets,
+            indices,
+            acts,
+            W_dec if W_compute is None else W_compute,
+            b_dec,
+            l1_weight,
+            ctx.needs_input_grad[0],
+            impl,
+            shards,
+        )
         share = None  # of each row in the mean
         if row_weight is None:
             mse, l1 = row_mse.sum() / len(x), row_l1.sum() / len(x)

@@ -19,39 +19,25 @@ def mse_l1_rows(
     l1_weight: Tensor | None,
     needs_dots: bool,
     impl: Impl,
+    shards: Shards | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_mse [B], row_l1 [B], err [B, D], dots like `acts`, in the dtype of `acts`.
 
     err = x_hat - x, row_mse = |err|^2, row_l1 = sum |acts| * l1_weight[indices], and
     dots = err . W_dec[indices], the gradient of row_mse / 2 by each act (empty if not needed).
-    `indices` and `acts` are [B, K], or [nnz] with `row_offsets` [B + 1].
+    `indices` and `acts` are [B, K], or [nnz] with `row_offsets` [B + 1]. With `shards`, x_hat and
+    row_l1 are sums over them, and `dots` are of this one's latents.
     """
-    return _mse_l1_rows(
-        x, row_offsets, indices, acts, W_dec, b_dec, l1_weight, needs_dots, impl.value
-    )
-
-
-def mse_l1_rows_of_shard(
-    x: Tensor,
-    row_offsets: Tensor | None,
-    indices: Tensor,
-    acts: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    l1_weight: Tensor | None,
-    needs_dots: bool,
-    impl: Impl,
-    shards: Shards,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same where x_hat and row_l1 are sums over shards; `dots` are of this one's latents."""
-    part = gather_sum(row_offsets, indices, acts, W_dec, impl)
-    err = shards.total(part).add_(b_dec).sub_(x)
-    row_mse = torch.linalg.vector_norm(err, dim=1).square()
-    row_l1 = shards.total(l1_rows(row_offsets, indices, acts, l1_weight))
+    if shards is None:
+        return _mse_l1_rows(
+            x, row_offsets, indices, acts, W_dec, b_dec, l1_weight, needs_dots, impl.value
+        )
+    err = shards.total(gather_sum(row_offsets, indices, acts, W_dec, impl)).add_(b_dec).sub_(x)
     dots = acts.new_empty(0)
     if needs_dots:
         dots = pair_dots(row_offsets, indices, err, W_dec, impl).to(acts.dtype)
-    return row_mse, row_l1, err, dots
+    row_l1 = shards.total(l1_rows(row_offsets, indices, acts, l1_weight))
+    return torch.linalg.vector_norm(err, dim=1).square(), row_l1, err, dots
 
 
 @torch.library.custom_op("fastsae::mse_l1_rows", mutates_args=())

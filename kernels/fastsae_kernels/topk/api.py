@@ -3,7 +3,7 @@ from torch import Tensor
 from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import SparseCode
-from fastsae_kernels.shards import Shards, refuse_reference
+from fastsae_kernels.shards import Shards, check_shards
 
 
 def topk_encode(
@@ -67,8 +67,7 @@ def topk_encode(
         check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
-    if shards is not None:
-        refuse_reference(impl)
+    check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.topk.reference import topk_encode as reference
 

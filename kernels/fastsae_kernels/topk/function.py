@@ -1,5 +1,3 @@
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -29,16 +27,15 @@ def topk_encode(
         if shards is None:
             acts, indices = select_topk(rows, weight, b_enc, k, scale, signed=False, impl=impl)
         else:
-            select = partial(_select, W_enc=weight, b_enc=b_enc, scale=scale, impl=impl)
-            n_latents = W_enc.shape[1]
-            acts, indices = lowest_first(select, rows, min(k, n_latents), n_latents)
+            acts, indices = lowest_first(
+                lambda some, width: select_topk(
+                    some, weight, b_enc, width, scale, signed=False, impl=impl
+                ),
+                rows,
+                min(k, len(b_enc)),
+                len(b_enc),
+            )
             acts = torch.where(shards.keep_topk(acts, k, min(k, shards.widest)), acts, 0)
     acts, groups = with_gradients(None, indices, acts, acts, encoder, W_compute, rows, impl)
     shape = (*x.shape[:-1], acts.shape[1])
     return SparseCode(acts.reshape(shape), indices.reshape(shape), groups)
-
-
-def _select(
-    rows: Tensor, k: int, *, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, impl: Impl
-) -> tuple[Tensor, Tensor]:
-    return select_topk(rows, W_enc, b_enc, k, scale, signed=False, impl=impl)
