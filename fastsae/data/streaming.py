@@ -24,8 +24,9 @@ class StreamedRows:
     """Endless batches of several hooks' rows, of which only `buffer_rows` are in memory.
 
     The buffer is filled once. Then, round by round, batches are drawn from it at places in a seeded
-    order, all but a fraction `mixing` of them, and new rows are written into the places that were
-    drawn: nothing is moved or copied but the rows that come and go. The text is read again when it
+    order, all but a fraction `mixing` of them, and new rows are written into the places of each
+    batch when it was drawn: nothing is moved or copied but the rows that come and go, and the model
+    has as much to do for every batch. The text is read again when it
     ends. What a batch holds is a function of the model, the text and the seed; to go on from a
     step, the rounds before it are made again, which runs the model over their text. While batches
     are drawn the model is not to be run elsewhere: close the iterator first.
@@ -88,9 +89,10 @@ class StreamedRows:
                 order = torch.randperm(self.buffer_rows, generator=self._generator(number))
                 drawn = order[: self.batches_a_round * self.batch_size]
                 first = number * self.batches_a_round
-                for places in drawn.split(self.batch_size)[max(0, step - first) :]:
-                    yield {name: rows[places] for name, rows in buffer.rows.items()}
-                buffer.write(drawn)
+                for i, places in enumerate(drawn.split(self.batch_size), first):
+                    if i >= step:
+                        yield {name: rows[places] for name, rows in buffer.rows.items()}
+                    buffer.write(places)
 
     def _kept(self) -> Iterator[tuple[Tensor, ...]]:
         """Rows of every hook, pass by pass, without end."""

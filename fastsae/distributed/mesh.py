@@ -9,13 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 Axis = Literal["dp", "tp", "world"]
 T = TypeVar("T")
@@ -52,37 +51,47 @@ class Mesh:
         dp: parts of the batch.
         tp: shards of the dictionary.
         device: of the process's tensors; decides the backend (NCCL on GPUs, gloo elsewhere).
+        beside: further processes, of the highest ranks, that make the mesh and are not in it.
 
     Raises:
-        ValueError: dp x tp is not the number of processes.
+        ValueError: dp x tp + beside is not the number of processes.
     """
 
-    def __init__(self, dp: int = 1, tp: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        dp: int = 1,
+        tp: int = 1,
+        device: torch.device | str = "cpu",
+        beside: int = 0,
+    ) -> None:
         for name, n in (("dp", dp), ("tp", tp)):
             if n < 1:
                 raise ValueError(f"{name} must be at least 1, got {n}")
         world = dist.get_world_size() if dist.is_initialized() else 1
-        if dp * tp not in (1, world):
+        wanted = dp * tp + beside
+        if wanted not in (1, world):
+            also = f" and {beside} beside" if beside else ""
             raise ValueError(
-                f"dp * tp must be the number of processes, got {dp} * {tp} and {world} processes; "
-                f"start them with: torchrun --nproc-per-node {dp * tp}"
+                f"dp * tp must be the number of processes, got {dp} * {tp}{also}, and {world} "
+                f"processes; start them with: torchrun --nproc-per-node {wanted}"
             )
-        self.dp, self.tp, self.device = dp, tp, torch.device(device)
-        self.rank = dist.get_rank() if dp * tp > 1 else 0
+        self.dp, self.tp, self.beside, self.device = dp, tp, beside, torch.device(device)
+        self.rank = dist.get_rank() if wanted > 1 else 0
         self.part, self.shard = divmod(self.rank, tp)
         self.devices: DeviceMesh | None = None
-        if dp * tp > 1:
-            self.devices = init_device_mesh(self.device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
+        self.by_latent: DeviceMesh | None = None
+        """The same processes with the shards outside: rows are split by `tp`, and then by `dp`."""
+        self._all: dist.ProcessGroup | None = None
+        if self.size > 1:
+            ranks, kind = torch.arange(self.size).view(dp, tp), self.device.type
+            self.devices = DeviceMesh(kind, ranks, mesh_dim_names=("dp", "tp"))
+            self.by_latent = DeviceMesh(kind, ranks.t(), mesh_dim_names=("tp", "dp"))
+            if beside:
+                self._all = dist.new_group(ranks.flatten().tolist())  # pyright: ignore[reportAttributeAccessIssue]
         self.sent: Counter[str] = Counter()
         """Bytes this process has sent, by kind of collective and axis, as ring algorithms do it."""
         self.calls = 0
         """Collectives this process has begun: who waits for others has begun more."""
-
-    @cached_property
-    def by_latent(self) -> DeviceMesh:
-        """The same processes with the shards outside: rows are split by `tp`, and then by `dp`."""
-        ranks = torch.arange(self.size).view(self.dp, self.tp).t()
-        return DeviceMesh(self.device.type, ranks, mesh_dim_names=("tp", "dp"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         return self  # its processes exist once
@@ -99,12 +108,18 @@ class Mesh:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def has_this_process(self) -> bool:
+        return self.rank < self.size
+
     def extent(self, axis: Axis) -> int:
         return {"dp": self.dp, "tp": self.tp, "world": self.size}[axis]
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
-        """Of the processes along an axis; None: all."""
-        return None if axis == "world" or self.devices is None else self.devices.get_group(axis)
+        """Of the processes along an axis; None: all there are."""
+        if axis == "world" or self.devices is None:
+            return self._all
+        return self.devices.get_group(axis)
 
     def sum(self, t: Tensor, axis: Axis) -> Tensor:
         return self._reduced(t, axis, dist.ReduceOp.SUM)
@@ -161,20 +176,24 @@ class Mesh:
         if self.size > 1:
             dense = t.contiguous()
             self._count("broadcast", "world", t.nbytes)
-            dist.broadcast(dense, 0)
+            dist.broadcast(dense, 0, self._all)
             t.copy_(dense)
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do it on rank 0 only; everyone gets the result, or the exception."""
+        return self.on(0, work)
+
+    def on(self, rank: int, work: Callable[[], T]) -> T:
+        """The same on another rank."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]
-        if self.is_first:
+        if self.rank == rank:
             try:
                 outcome[0] = work()
             except Exception as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, 0, device=self.device)
+        dist.broadcast_object_list(outcome, rank, self._all, device=self.device)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -184,7 +203,7 @@ class Mesh:
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, facts)
+        dist.all_gather_object(everyone, facts, self._all)
         for name, wanted in everyone[0].items():
             for rank, other in enumerate(everyone):
                 if other.get(name) != wanted:

@@ -30,12 +30,12 @@ def watched(mesh: Mesh, step: Callable[[], int]) -> Iterator[None]:
     """Inside this context a collective that fails raises `ProcessLost`, which names the cause.
 
     That is so with gloo. NCCL ends the process itself after the time-out, and torchrun says which
-    one failed first.
+    one failed first. Processes beside the mesh are watched too.
 
     Args:
         step: how far this process is.
     """
-    if mesh.size == 1:
+    if mesh.size + mesh.beside == 1:
         yield
         return
     beat = _Heartbeat(mesh, step)
@@ -87,8 +87,9 @@ class _Heartbeat:
         time.sleep(SILENT_SECONDS)
         beats: dict[int, dict[str, Any]] = {}
         try:
-            for rank in range(self.mesh.size):
-                beats[rank] = json.loads(self.store.get(f"fastsae/{rank}"))
+            for rank in range(self.mesh.size + self.mesh.beside):
+                if self.store.check([f"fastsae/{rank}"]):  # else it did not begin
+                    beats[rank] = json.loads(self.store.get(f"fastsae/{rank}"))
         except RuntimeError:
             return "rank 0, which keeps the store of the processes, is gone"
         now = time.time()
@@ -97,9 +98,12 @@ class _Heartbeat:
         silent = [_named(rank, b, now) for rank, b in longest_first if b["time"] < limit]
         if silent:
             return "dead: " + ", then ".join(silent)
-        last = min(b["calls"] for b in beats.values())
-        behind = {r: b for r, b in beats.items() if b["calls"] == last}
-        if len(behind) == len(beats):
+        members = {rank: beat for rank, beat in beats.items() if rank < self.mesh.size}
+        if not members:
+            return "the processes that train ended before their first step"
+        last = min(b["calls"] for b in members.values())
+        behind = {r: b for r, b in members.items() if b["calls"] == last}
+        if len(behind) == len(members):
             return "all processes are alive and as far as each other, and one does not answer"
         return "behind: " + ", ".join(_named(r, b, now) for r, b in behind.items())
 

@@ -71,7 +71,19 @@ class TrainerGroup:
 
     @property
     def steps_done(self) -> int:
-        return next(iter(self.trainers.values())).steps_done
+        return self._one.steps_done
+
+    @property
+    def total_steps(self) -> int:
+        return self._one.cfg.total_steps
+
+    @property
+    def batch_size(self) -> int:
+        return self._one.cfg.batch_size or 1
+
+    @property
+    def _one(self) -> Trainer:
+        return next(iter(self.trainers.values()))
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -97,7 +109,7 @@ class TrainerGroup:
             ValueError, FileExistsError, OutOfMemory, Interrupted: as in `Trainer.fit`.
         """
         cfgs = {name: trainer.cfg for name, trainer in self.trainers.items()}
-        one = next(iter(self.trainers.values()))
+        one = self._one
         with explained(MemoryPlan(cfgs, one.device, mesh=one.mesh.shape)):
             fit_together(self.trainers, batches, sample, progress)
         return {name: trainer.finish() for name, trainer in self.trainers.items()}
@@ -108,8 +120,7 @@ class TrainerGroup:
         Newer ones, which some had written when a kill came, are removed: they are made again, of
         the same bits.
         """
-        one = next(iter(self.trainers.values()))
-        step = one.mesh.on_first(self._back_to_one_step)
+        step = self._one.mesh.on_first(self._back_to_one_step)
         for trainer in self.trainers.values():
             trainer.resume()
         return step > 0

@@ -1,32 +1,35 @@
 """The main job: a language model's activations -> SAEs, evaluated and saved."""
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from fastsae.data import Activations, LanguageModel
 from fastsae.device import resolve_device
 from fastsae.distributed.mesh import TIMEOUT_SECONDS, Mesh, join_processes, restarted
+from fastsae.distributed.watch import watched
 from fastsae.evaluation.diagnosis import diagnose
 from fastsae.files import write_json
 from fastsae.interop.formats import load_sae
-from fastsae.saes import SAE, SAES
+from fastsae.saes import SAE, SAES, SAEConfig
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training import defaults
 from fastsae.training.centre import Centre
 from fastsae.training.config import Exchanged, OptimizerConfig, Tracking, TrainConfig
 from fastsae.training.group import TrainerGroup
+from fastsae.training.interruption import Interrupted, stop_requested
 from fastsae.training.memory import MemoryPlan, explained
+from fastsae.training.model_ranks import ModelRank, ServedSource
 from fastsae.training.row_sources import FROM_SHARDS, ModelSource, ShardSource, row_source
 from fastsae.training.run_folder import as_json, open_folder
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 from fastsae.training.trackers import check_installed
-from fastsae.training.trainer import Trainer
 
 Distribution = Literal["split", "layers"]
 
@@ -111,6 +114,9 @@ class LanguageModelRun:
     distribute: Distribution = "split"
     """What several processes share: each SAE (`split`, by dp and tp), or the list of SAEs
     (`layers`): then every process trains some of those in `also` whole, and dp and tp stay 1."""
+    model_ranks: int = 0
+    """Further processes, the last of those that torchrun starts, that run the model of a `stream`
+    for the others, which then do not load it: dp * tp + model_ranks processes in all."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """After which a process that does not answer ends the run."""
     seed: int = 0
@@ -147,6 +153,15 @@ class LanguageModelRun:
                         f"{f.name} must be left to the harvest where activations are given, got "
                         f"{getattr(self, f.name)!r}"
                     )
+        if self.model_ranks and not self.stream:
+            raise ValueError(f"model_ranks must be 0 without stream, got {self.model_ranks}")
+        if not 0 <= self.model_ranks <= self.dp * self.tp or (
+            self.model_ranks and self.distribute == "layers"
+        ):
+            raise ValueError(
+                "model_ranks must be at most dp * tp, and 0 with distribute 'layers', got "
+                f"{self.model_ranks}"
+            )
         if self.stream and self.harvest_tokens is not None:
             raise ValueError(
                 f"harvest_tokens must be None with stream, got {self.harvest_tokens}: buffer_rows "
@@ -218,7 +233,9 @@ def train_side_by_side(
     tell: Progress = progress if progress is not None and world.is_first else lambda *_: None
     world.check_agreement(as_json(run))
     world.on_first(lambda: open_folder(run))
-    source = row_source(run, device, mesh)
+    if not mesh.has_this_process:
+        return _beside(run, world, mesh, device, progress or (lambda *_: None))
+    source = _source(run, world, mesh, device)
     runs = _runs_here(run, world)
     hooks = {name: source.place(one) for name, one in runs.items()}
     places = set(hooks.values())
@@ -245,10 +262,11 @@ def train_side_by_side(
         if run.resume:
             group.resume()
         total, first = run.tokens, next(iter(runs))
+        size, steps = group.batch_size, range(group.steps_done, group.total_steps)
         # Closed before the evaluation: what reads ahead may be running the model.
-        with closing(_batches(group, hooks, source)) as batches:
+        with _told(world, mesh), closing(source.batches(places, size, steps)) as batches:
             saes = group.fit(
-                batches,
+                ({name: drawn[hook] for name, hook in hooks.items()} for drawn in batches),
                 sample={name: source.sample(hook) for name, hook in hooks.items()},
                 progress=lambda n, line: (
                     tell("train", line["tokens"], total, line) if n == first else None
@@ -258,61 +276,119 @@ def train_side_by_side(
             trainer.write_sae(run.out / name / "sae")
         timings["train"] = time.perf_counter() - started
 
-    densities = {name: trainer.density() for name, trainer in group.trainers.items()}
+    ended = {
+        name: _Ended(trainer.cfg.sae, trainer.metrics, trainer.density())
+        for name, trainer in group.trainers.items()
+    }
+    if isinstance(source, ServedSource):
+        world.on_first(lambda: ended)
+        return {}
     if not mesh.is_first:
         return {}
     if mesh.size > 1:  # shards: read what all have written together
-        folders = {name: run.out / name / "sae" for name in runs}
-        saes = {n: SAE.load_from_disk(folder, device=device) for n, folder in folders.items()}
+        saes = _written(run, runs, device)
+    return _evaluated(run, source, hooks, saes, ended, timings, tell)
+
+
+class _Ended(NamedTuple):
+    """What is left of a training besides the SAE."""
+
+    cfg: SAEConfig
+    metrics: dict[str, Any]
+    density: torch.Tensor
+
+
+def _beside(
+    run: LanguageModelRun, world: Mesh, mesh: Mesh, device: torch.device, tell: Progress
+) -> dict[str, Trained]:
+    """What a process does that runs the model for those that train; the first of them evaluates."""
+    started = time.perf_counter()
+    model = ModelRank(run, device, world, mesh)
+    # Whoever wants the run to stop tells those that train, and they tell this process.
+    with stop_requested(), watched(mesh, lambda: model.steps_done):
+        model.serve()
+        ended: dict[str, _Ended] = world.on_first(dict)
+    if world.rank != mesh.size:
+        return {}
+    runs = runs_of(run)
+    hooks = {name: model.source.place(one) for name, one in runs.items()}
+    timings = {"train": time.perf_counter() - started}
+    saes = _written(run, runs, device)
+    return _evaluated(run, model.source, hooks, saes, ended, timings, tell)
+
+
+@contextmanager
+def _told(world: Mesh, mesh: Mesh) -> Iterator[None]:
+    """Those beside the mesh hear of it when those in it are interrupted."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        if mesh.beside:
+            world.on_first(partial(_raise, interrupted))
+        raise
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _written(run: LanguageModelRun, runs: Iterable[str], device: torch.device) -> dict[str, SAE]:
+    return {name: SAE.load_from_disk(run.out / name / "sae", device=device) for name in runs}
+
+
+def _evaluated(
+    run: LanguageModelRun,
+    source: ModelSource | ShardSource,
+    hooks: Mapping[str, str],
+    saes: Mapping[str, SAE],
+    ended: Mapping[str, _Ended],
+    timings: dict[str, float],
+    tell: Progress,
+) -> dict[str, Trained]:
+    """Evaluate the SAEs and save what was found."""
     started = time.perf_counter()
     reports: dict[str, dict[str, Any]] = {}
-    for hook in places:
+    for hook in set(hooks.values()):
         here = {name: sae for name, sae in saes.items() if hooks[name] == hook}
         reports |= source.evaluate(hook, here, lambda a, b: tell("evaluate", a, b, {}))
     timings["evaluate"] = time.perf_counter() - started
+    for name, report in reports.items():
+        report["training"] = ended[name].metrics
+        report["verdicts"] = [asdict(v) for v in diagnose(ended[name].cfg, report)]
+        write_json(run.out / name / "eval.json", report)
     return {
-        name: _finish(
-            run.out / name,
-            group.trainers[name],
-            saes[name],
-            densities[name],
+        name: Trained(
+            sae,
             reports[name],
             source.lm,
             source.held_out(hooks[name]),
+            ended[name].density,
             timings,
         )
-        for name in runs
+        for name, sae in saes.items()
     }
-
-
-def _finish(
-    out: Path,
-    trainer: Trainer,
-    sae: SAE,
-    density: torch.Tensor,
-    report: dict[str, Any],
-    lm: LanguageModel | None,
-    held_out: Activations | None,
-    timings: dict[str, float],
-) -> Trained:
-    """Save an SAE's evaluation."""
-    report["training"] = trainer.metrics
-    report["verdicts"] = [asdict(v) for v in diagnose(trainer.cfg.sae, report)]
-    write_json(out / "eval.json", report)
-    return Trained(sae, report, lm, held_out, density, timings)
 
 
 def _mesh(run: LanguageModelRun, world: Mesh, device: torch.device) -> Mesh:
     """The processes that train an SAE together."""
     if run.distribute == "layers":
         return Mesh(device=device)
-    if run.dp * run.tp != world.size:
+    wanted = run.dp * run.tp + run.model_ranks
+    if wanted != world.size:
         raise ValueError(
-            f"dp * tp must be the number of processes, got {run.dp} * {run.tp} and {world.size} "
-            f"processes; start with: torchrun --nproc-per-node {run.dp * run.tp} -m fastsae train"
-            " ..."
+            f"dp * tp + model_ranks must be the number of processes, got {run.dp} * {run.tp} + "
+            f"{run.model_ranks} and {world.size} processes; start with: torchrun --nproc-per-node "
+            f"{wanted} -m fastsae train ..."
         )
-    return Mesh(run.dp, run.tp, device)
+    return Mesh(run.dp, run.tp, device, run.model_ranks)
+
+
+def _source(
+    run: LanguageModelRun, world: Mesh, mesh: Mesh, device: torch.device
+) -> ModelSource | ShardSource | ServedSource:
+    if mesh.beside:
+        return ServedSource(world, mesh)
+    return row_source(run, device, mesh.rank, mesh.size)
 
 
 def _runs_here(run: LanguageModelRun, world: Mesh) -> dict[str, LanguageModelRun]:
@@ -328,20 +404,10 @@ def _runs_here(run: LanguageModelRun, world: Mesh) -> dict[str, LanguageModelRun
     return dict([*runs.items()][world.rank :: world.size])
 
 
-def _batches(
-    group: TrainerGroup, hooks: dict[str, str], source: ModelSource | ShardSource
-) -> Generator[dict[str, torch.Tensor]]:
-    """The batch of each SAE, drawn once a hook."""
-    size = next(iter(group.trainers.values())).cfg.batch_size or 1
-    with closing(source.batches(set(hooks.values()), size, group.steps_done)) as batches:
-        for drawn in batches:
-            yield {name: drawn[hook] for name, hook in hooks.items()}
-
-
 def _config(
     run: LanguageModelRun,
     one: LanguageModelRun,
-    source: ModelSource | ShardSource,
+    source: ModelSource | ShardSource | ServedSource,
     hook: str,
     start: SAE | None,
 ) -> TrainConfig:

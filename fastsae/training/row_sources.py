@@ -1,9 +1,13 @@
-"""Where a run's rows come from: a language model, before the training or beside it, or a folder."""
+"""Where a run's rows come from: a language model, before the training or beside it, or a folder.
+
+A source is one process's: `part` of `parts` that share each batch, in the order of their ranks.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +18,7 @@ from torch import Tensor
 from fastsae.data import (
     Activations,
     HookPoint,
+    LanguageModel,
     d_at,
     harvest,
     load_language_model,
@@ -28,8 +33,8 @@ from fastsae.data.harvest_run import HELD_OUT
 from fastsae.data.model_rows import RowRules
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
-from fastsae.data.streaming import StreamedRows
-from fastsae.distributed.mesh import Mesh
+from fastsae.data.streaming import PASSES_AHEAD, StreamedRows
+from fastsae.data.text import Text
 from fastsae.evaluation.evaluate import evaluate_on_rows, evaluate_several
 from fastsae.saes import SAE
 
@@ -53,11 +58,13 @@ class ModelSource:
     halved = {"activations": "harvest_tokens halved"}
     """For an item of `held_bytes`, the setting that halves it."""
 
-    def __init__(self, run: LanguageModelRun, device: torch.device, mesh: Mesh) -> None:
-        self.run, self.mesh = run, mesh
-        self.lm = load_language_model(run.model, device=device)
+    def __init__(
+        self, run: LanguageModelRun, lm: LanguageModel, part: int = 0, parts: int = 1
+    ) -> None:
+        self.run, self.lm, self.part, self.parts = run, lm, part, parts
         self._hooks: dict[str, HookPoint] = {}
-        self._found: dict[str, tuple[Activations, Activations]] = {}
+        self._rows: dict[str, Activations] = {}
+        self._held_out: dict[str, Activations] = {}
 
     def place(self, run: LanguageModelRun) -> str:
         """Name of the hook that a run asks for."""
@@ -100,62 +107,82 @@ class ModelSource:
 
     def read(self, hooks: set[str], tell: Progress) -> None:
         """Do what must be done before there are batches."""
+        train, held_out = self._text()
         for hook in sorted(hooks):
-            self._found[hook] = self._harvest(self._hooks[hook], tell)
+            # Every process runs the model over its own contexts; the first evaluates.
+            mine = slice(self.part, None, self.parts)
+            self._rows[hook] = self._harvest(hook, train, self.first_tokens, mine, tell, "harvest")
+            if self.part == 0:
+                self._held_out[hook] = self._harvest(
+                    hook, held_out, self.run.eval_tokens, slice(None), tell, "harvest held-out"
+                )
 
-    def _harvest(self, hook: HookPoint, tell: Progress) -> tuple[Activations, Activations]:
-        """Rows to train on, and rows that are held out."""
+    def _text(self) -> tuple[Text, Text]:
+        """To train on, and held out."""
         run = self.run
         text = load_text(run.dataset, split=run.split, text_column=run.text_column)
-        budgets = (self.first_tokens, run.eval_tokens)
-        tokens = [
-            tokenize(part, self.lm.tokenizer, context_size=run.context_size, n_tokens=budget)
-            for part, budget in zip(split_documents(text, seed=run.seed), budgets, strict=True)
-        ]
-        # Every process runs the model over its own contexts; one evaluates.
-        tokens[0] = tokens[0][self.mesh.rank :: self.mesh.size]
-        train, held_out = (
-            harvest(
-                self.lm,
-                hook,
-                part,
-                massive_multiple=run.massive_multiple,
-                progress=lambda done, total, name=name: tell(name, done, total, {}),
-            )
-            for part, name in zip(tokens, ("harvest", "harvest held-out"), strict=True)
+        return split_documents(text, seed=run.seed)
+
+    def _harvest(
+        self, hook: str, text: Text, n_tokens: int, contexts: slice, tell: Progress, name: str
+    ) -> Activations:
+        run = self.run
+        tokens = tokenize(text, self.lm.tokenizer, context_size=run.context_size, n_tokens=n_tokens)
+        return harvest(
+            self.lm,
+            self._hooks[hook],
+            tokens[contexts],
+            massive_multiple=run.massive_multiple,
+            progress=lambda done, total: tell(name, done, total, {}),
         )
-        return train, held_out
 
     def sample(self, hook: str) -> Tensor:
         """Rows to initialise from."""
-        rows = self._found[hook][0].rows
+        rows = self._rows[hook].rows
         return rows[:: max(1, len(rows) // SAMPLE_ROWS)]
 
     def batches(
-        self, hooks: set[str], batch_size: int, step: int
+        self, hooks: set[str], batch_size: int, steps: range
     ) -> Generator[dict[str, Float[Tensor, "B D"]]]:
-        """By hook, from that of a step, counted from 0, on: this process's part of them."""
-        size, seed = batch_size // self.mesh.size, self.run.seed
-        rows = {hook: ShuffledRows(self._found[hook][0].rows, size, seed) for hook in hooks}
-        return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
+        """By hook, those of so many steps, counted from 0: this process's part of each."""
+        size, seed = batch_size // self.parts, self.run.seed
+        rows = {hook: ShuffledRows(self._rows[hook].rows, size, seed) for hook in hooks}
+        return _side_by_side(
+            {hook: one.from_step(steps.start) for hook, one in rows.items()}, steps
+        )
 
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
     ) -> dict[str, dict[str, Any]]:
         """A report of each SAE on rows that were held out."""
         return evaluate_several(
-            saes, self.lm, self._hooks[hook], self._found[hook][1], progress=progress
+            saes, self.lm, self._hooks[hook], self._held_out[hook], progress=progress
         )
 
     def held_out(self, hook: str) -> Activations | None:
         """Rows that were held out and their tokens, where there are tokens to show."""
-        return self._found[hook][1]
+        return self._held_out[hook]
 
 
 class StreamSource(ModelSource):
-    """Rows of a model that runs beside the training; a buffer of them is in memory."""
+    """Rows of a model that runs beside the training; a buffer of them is in memory.
+
+    Args:
+        ahead: passes of the model that another thread makes ahead.
+    """
 
     halved = {"buffer": "buffer_rows halved"}
+
+    def __init__(
+        self,
+        run: LanguageModelRun,
+        lm: LanguageModel,
+        part: int = 0,
+        parts: int = 1,
+        ahead: int = PASSES_AHEAD,
+    ) -> None:
+        super().__init__(run, lm, part, parts)
+        self.ahead = ahead
 
     @property
     def first_tokens(self) -> int:
@@ -167,24 +194,26 @@ class StreamSource(ModelSource):
         buffer = self.run.buffer_rows * width * self.lm.model.dtype.itemsize
         return {**super().held_bytes(hooks), "buffer": buffer}
 
-    def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
+    def batches(
+        self, hooks: set[str], batch_size: int, steps: range
+    ) -> Generator[dict[str, Tensor]]:
         run = self.run
-        text = load_text(run.dataset, split=run.split, text_column=run.text_column)
-        train, _ = split_documents(text, seed=run.seed)
-        return StreamedRows(
+        rows = StreamedRows(
             self.lm,
             [self._hooks[hook] for hook in sorted(hooks)],
-            train,
-            batch_size // self.mesh.size,
+            self._text()[0],
+            batch_size // self.parts,
             run.seed,
             context_size=run.context_size,
             rules=RowRules(massive_multiple=run.massive_multiple),
-            median_norms={hook: self._found[hook][0].median_norm for hook in hooks},
+            median_norms={hook: self._rows[hook].median_norm for hook in hooks},
             buffer_rows=run.buffer_rows,
             mixing=run.mixing,
-            part=self.mesh.rank,
-            parts=self.mesh.size,
-        ).from_step(step)
+            ahead=self.ahead,
+            part=self.part,
+            parts=self.parts,
+        )
+        return _of_steps(rows.from_step(steps.start), steps)
 
 
 class ShardSource:
@@ -197,8 +226,8 @@ class ShardSource:
     halved: dict[str, str] = {}
     lm = None
 
-    def __init__(self, run: LanguageModelRun, folder: Path, mesh: Mesh) -> None:
-        self.run, self.shards, self.mesh = run, ActivationShards(folder), mesh
+    def __init__(self, run: LanguageModelRun, folder: Path, part: int = 0, parts: int = 1) -> None:
+        self.run, self.shards, self.part, self.parts = run, ActivationShards(folder), part, parts
         held_out = folder / HELD_OUT
         if not held_out.is_dir():
             raise ValueError(
@@ -243,13 +272,17 @@ class ShardSource:
     def sample(self, hook: str) -> Tensor:
         return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)
 
-    def batches(self, hooks: set[str], batch_size: int, step: int) -> Generator[dict[str, Tensor]]:
-        part = {"part": self.mesh.rank, "parts": self.mesh.size}
+    def batches(
+        self, hooks: set[str], batch_size: int, steps: range
+    ) -> Generator[dict[str, Tensor]]:
+        part = {"part": self.part, "parts": self.parts}
         rows = {
             hook: ShardedRows(self.shards, hook, batch_size, self.run.seed, **part)
             for hook in hooks
         }
-        return _side_by_side({hook: one.from_step(step) for hook, one in rows.items()})
+        return _side_by_side(
+            {hook: one.from_step(steps.start) for hook, one in rows.items()}, steps
+        )
 
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
@@ -265,13 +298,23 @@ class ShardSource:
 
 
 def row_source(
-    run: LanguageModelRun, device: torch.device, mesh: Mesh
+    run: LanguageModelRun, device: torch.device, part: int, parts: int
 ) -> ModelSource | ShardSource:
     if run.activations is not None:
-        return ShardSource(run, run.activations, mesh)
-    return StreamSource(run, device, mesh) if run.stream else ModelSource(run, device, mesh)
+        return ShardSource(run, run.activations, part, parts)
+    kind = StreamSource if run.stream else ModelSource
+    return kind(run, load_language_model(run.model, device=device), part, parts)
 
 
-def _side_by_side(streams: Mapping[str, Iterator[Tensor]]) -> Generator[dict[str, Tensor]]:
-    while True:
+def _side_by_side(
+    rows: Mapping[str, ShuffledRows] | Mapping[str, ShardedRows], steps: range
+) -> Generator[dict[str, Tensor]]:
+    streams = {hook: one.from_step(steps.start) for hook, one in rows.items()}
+    for _ in steps:
         yield {hook: next(stream) for hook, stream in streams.items()}
+
+
+def _of_steps(batches: Generator[dict[str, Tensor]], steps: range) -> Generator[dict[str, Tensor]]:
+    with closing(batches):
+        for _ in steps:
+            yield next(batches)

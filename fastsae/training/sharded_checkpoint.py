@@ -38,7 +38,8 @@ class SavesBehind:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         # Of its own: what another thread sends must not meet what the training sends.
-        group = dist.new_group(backend="gloo")
+        ranks = [*range(mesh.size)]  # others may be beside, which save nothing
+        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
         self._pending: Future[Any] | None = None
@@ -151,7 +152,12 @@ def load(trainer: "Trainer", path: Path) -> None:
     try:
         with warnings.catch_warnings():  # that one process is meant, which it is
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load_tensors(tensors, checkpoint_id=path, no_dist=trainer.mesh.size == 1)
+            load_tensors(
+                tensors,
+                checkpoint_id=path,
+                process_group=trainer.mesh.group("world"),
+                no_dist=trainer.mesh.size == 1,
+            )
     except CheckpointException as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
