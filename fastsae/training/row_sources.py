@@ -147,9 +147,7 @@ class ModelSource:
         """By hook, those of so many steps, counted from 0: this process's part of each."""
         size, seed = batch_size // self.parts, self.run.seed
         rows = {hook: ShuffledRows(self._rows[hook].rows, size, seed) for hook in hooks}
-        return _side_by_side(
-            {hook: one.from_step(steps.start) for hook, one in rows.items()}, steps
-        )
+        return _side_by_side(rows, steps)
 
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
@@ -280,9 +278,7 @@ class ShardSource:
             hook: ShardedRows(self.shards, hook, batch_size, self.run.seed, **part)
             for hook in hooks
         }
-        return _side_by_side(
-            {hook: one.from_step(steps.start) for hook, one in rows.items()}, steps
-        )
+        return _side_by_side(rows, steps)
 
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
