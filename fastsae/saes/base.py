@@ -274,7 +274,7 @@ class SAE(nn.Module, ABC):
             l1_weight,
             row_weight=rows.weight,
             W_compute=self.compute_copies.get("W_dec"),
-            shards=self.shards,
+            shards=None if len(self.latents) == self.cfg.d_sae else self.shards,
             impl=self.impl,
         )
         if rows.weight is None:

@@ -223,12 +223,12 @@ def train_side_by_side(
     Args:
         say: called with what is known before the work starts: the memory it will take.
     """
-    if restarted():
-        run = replace(run, resume=True)
     timings: dict[str, float] = {}
     check_installed(run.log_to)
     device = resolve_device(run.device)
     world = Mesh(dp=join_processes(device, run.timeout_seconds), device=device)
+    if world.any(restarted()):  # a machine counts the failures of its own processes only
+        run = replace(run, resume=True)
     mesh = _mesh(run, world, device)
     tell: Progress = progress if progress is not None and world.is_first else lambda *_: None
     world.check_agreement(as_json(run))
