@@ -27,12 +27,9 @@ from fastsae.progress import ProgressBar
 from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
 from fastsae.training.interruption import EXIT_CODE, Interrupted
-from fastsae.training.language_model_run import (
-    LanguageModelRun,
-    Trained,
-    train_side_by_side,
-)
+from fastsae.training.language_model_run import Trained, train_side_by_side
 from fastsae.training.log import read_log
+from fastsae.training.run_config import LanguageModelRun
 from fastsae.training.side_by_side import SET_BY_THE_RUN, changes_in
 
 EXAMPLE_LATENTS = 6

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastsae.training.language_model_run import LanguageModelRun, train_on_language_model
+from fastsae.training.language_model_run import train_on_language_model
+from fastsae.training.run_config import LanguageModelRun
 from killed import until_it_gets_through
 
 

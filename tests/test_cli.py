@@ -10,8 +10,8 @@ import torch
 from fastsae import SAE, SAES, StandardConfig, TopKConfig, TopKSAE
 from fastsae.analysis.plots import density_of_run
 from fastsae.cli import main
-from fastsae.training.language_model_run import LanguageModelRun
 from fastsae.training.log import read_log
+from fastsae.training.run_config import LanguageModelRun
 from fastsae.training.side_by_side import SET_BY_THE_RUN, changes_in
 from tiny_models import save_tiny_llama
 

@@ -29,7 +29,8 @@ from fastsae.distributed.plan import (
     step_bytes,
 )
 from fastsae.distributed.shards import LatentShards, range_of
-from fastsae.training.language_model_run import LanguageModelRun, train_on_language_model
+from fastsae.training.language_model_run import train_on_language_model
+from fastsae.training.run_config import LanguageModelRun
 from fastsae.training.split import check_split
 from fastsae.training.trainer import Trainer
 from training_runs import config, standard_config

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastsae.training.language_model_run import LanguageModelRun, train_on_language_model
+from fastsae.training.language_model_run import train_on_language_model
+from fastsae.training.run_config import LanguageModelRun
 from tiny_models import save_stories, save_tiny_llama
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

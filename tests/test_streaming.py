@@ -12,7 +12,8 @@ import torch
 from fastsae.data import harvest, load_language_model, load_text, resolve_hook, tokenize
 from fastsae.data.model_rows import RowRules
 from fastsae.data.streaming import StreamedRows
-from fastsae.training.language_model_run import LanguageModelRun, train_side_by_side
+from fastsae.training.language_model_run import train_side_by_side
+from fastsae.training.run_config import LanguageModelRun
 from tiny_models import save_stories, save_tiny_llama
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")

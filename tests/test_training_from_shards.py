@@ -22,8 +22,9 @@ from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
 from fastsae.saes import SAE
-from fastsae.training.language_model_run import LanguageModelRun, train_side_by_side
+from fastsae.training.language_model_run import train_side_by_side
 from fastsae.training.log import read_log
+from fastsae.training.run_config import LanguageModelRun
 from tiny_models import save_stories, save_tiny_llama
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")

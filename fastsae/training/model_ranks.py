@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,8 @@ from torch import Tensor
 from fastsae.data import load_language_model
 from fastsae.distributed.mesh import Mesh
 from fastsae.training.row_sources import StreamSource
+from fastsae.training.run_config import LanguageModelRun, Progress
 from fastsae.training.side_by_side import runs_of
-
-if TYPE_CHECKING:
-    from fastsae.training.language_model_run import LanguageModelRun, Progress
 
 AHEAD = 2
 """Batches that are on their way while one is trained on."""

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,19 +37,12 @@ from fastsae.data.streaming import PASSES_AHEAD, StreamedRows
 from fastsae.data.text import Text
 from fastsae.evaluation.evaluate import evaluate_on_rows, evaluate_several
 from fastsae.saes import SAE
-
-if TYPE_CHECKING:
-    from fastsae.training.language_model_run import LanguageModelRun, Progress
+from fastsae.training.run_config import LanguageModelRun, Progress
 
 SAMPLE_ROWS = 65_536
 """Rows that a run is initialised from."""
 STREAM_SAMPLE_TOKENS = 8192
 """The same where the model runs beside the training: as many as decide the median norm."""
-FROM_SHARDS = (
-    *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
-    *("massive_multiple", "stream", "buffer_rows", "mixing"),
-)
-"""Fields of a run that mean nothing where its rows come from a harvest."""
 
 
 class ModelSource:

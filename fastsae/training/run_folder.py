@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastsae.files import write_json
-
-if TYPE_CHECKING:
-    from fastsae.training.language_model_run import LanguageModelRun
+from fastsae.training.run_config import LanguageModelRun
 
 FREE_ON_RESUME = {
     *("out", "resume", "device", "eval_tokens", "checkpoints"),
     *("keep_every", "log_to", "project", "dp", "tp", "distribute", "exchange", "timeout_seconds"),
+    "model_ranks",
 }
 
 

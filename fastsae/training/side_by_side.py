@@ -10,7 +10,7 @@ from fastsae.saes import SAES
 from fastsae.training.config import OptimizerConfig
 
 if TYPE_CHECKING:
-    from fastsae.training.language_model_run import LanguageModelRun
+    from fastsae.training.run_config import LanguageModelRun
 
 SET_BY_THE_RUN = ("d_in", "reshape_activations", "metadata")
 """Fields of an SAE's configuration that follow from the model, the hook and the text."""

@@ -1,0 +1,164 @@
+"""The settings of the main job: a language model's activations -> SAEs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fastsae.distributed.mesh import TIMEOUT_SECONDS
+from fastsae.saes import SAES
+from fastsae.saes.transcoder import Transcodes
+from fastsae.training.centre import Centre
+from fastsae.training.config import Exchanged, OptimizerConfig, Tracking
+from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
+
+Distribution = Literal["split", "layers"]
+FROM_SHARDS = (
+    *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
+    *("massive_multiple", "stream", "buffer_rows", "mixing"),
+)
+"""Fields of a run that mean nothing where its rows come from a harvest."""
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""Called with the stage, what is done, what there is to do, and figures worth showing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelRun:
+    """Train one SAE on the activations of a language model, evaluate and save it."""
+
+    out: Path
+    """Folder for the SAE (`sae/`), the log, checkpoints, evaluation and pictures."""
+    model: str | None = None
+    """Hub name, local folder or .gguf file; None: SmolLM2-135M-Instruct, offline."""
+    layer: int | None = None
+    """Train on the residual stream after this layer; None: the middle one."""
+    hook: str | None = None
+    """Another place than the residual stream: `blocks.8.hook_mlp_out`, or a module's path."""
+    dataset: str | None = None
+    """Hub name or local text, jsonl, parquet or csv; None: Wikipedia articles, offline. What is
+    large or on a hub is streamed, in its own order, as far as the tokens need."""
+    text_column: str | None = None
+    split: str = "train"
+    """Split of a hub dataset. A tenth of any text, whole documents drawn at random, is held out."""
+    context_size: int = 128
+    """Tokens a context."""
+    tokens: int = 1_000_000
+    """Tokens of training; more than the text holds means several passes over it."""
+    harvest_tokens: int | None = None
+    """Tokens whose activations are held in memory and gone over; None: as many as are trained on,
+    or all of the text."""
+    stream: bool = False
+    """Run the model beside the training, over as much text as that takes, instead of before it: no
+    more than `buffer_rows` are in memory. A run that is resumed makes the earlier rows again."""
+    buffer_rows: int = 65_536
+    """Rows that are mixed in memory where the model runs beside the training."""
+    mixing: float = 0.5
+    """Fraction of them that stays when the others are replaced."""
+    activations: Path | None = None
+    """Folder that `fastsae harvest` wrote, to train on its rows without a language model; the text
+    is then the harvest's, and `hook` or `layer` one of its places."""
+    variant: str = "topk"
+    """Kind of SAE; `--variant NAME --help` lists its own options."""
+    sae: dict[str, Any] = field(default_factory=dict)
+    """The variant's configuration, field by field, where it is not the default. Without d_sae there
+    are 16 times as many latents as the activations have dimensions."""
+    batch_size: int | None = None
+    """Tokens a step; None: by device and length of the run."""
+    micro_batch_size: int | None = None
+    """Tokens whose gradient is computed at once, to spare memory; None: the batch."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    b_dec_init: Centre = "mean"
+    """Where b_dec starts, of a sample of the rows."""
+    finetune_from: str | None = None
+    """Folder of a trained SAE, in any format that `fastsae convert` reads, to start from."""
+    massive_multiple: float = 10.0
+    """Rows with a norm above this multiple of the median are left out, as are first positions."""
+    eval_tokens: int = 16_384
+    """Held-out tokens to evaluate on."""
+    checkpoints: int = 4
+    """Checkpoints over the run; the newest two are kept."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps are kept as well."""
+    resample_every: int | None = None
+    """Steps between two resamplings of dead latents; None: never, AuxK revives them."""
+    log_to: tuple[Tracking, ...] = ()
+    """Where the log goes besides metrics.jsonl: wandb, tensorboard, trackio."""
+    project: str = "fastsae"
+    """The run's project there."""
+    also: tuple[dict[str, Any], ...] = ()
+    """Further SAEs, trained side by side on the same batches: for each what differs, such as
+    "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE and the optimizer.
+    Each has its folder."""
+    dp: int = 1
+    """Processes among which each batch is split, of those that torchrun starts."""
+    tp: int = 1
+    """Processes among which the dictionary is split, by latent; dp * tp processes in all."""
+    exchange: Exchanged = "auto"
+    """What processes that have parts of a batch send each other: `pairs`, dense `rows` of the
+    gradient, or the fewer bytes."""
+    distribute: Distribution = "split"
+    """What several processes share: each SAE (`split`, by dp and tp), or the list of SAEs
+    (`layers`): then every process trains some of those in `also` whole, and dp and tp stay 1."""
+    model_ranks: int = 0
+    """Further processes, the last of those that torchrun starts, that run the model of a `stream`
+    for the others, which then do not load it: dp * tp + model_ranks processes in all."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """After which a process that does not answer ends the run."""
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`, to the same bits; so does a run that torchrun's
+    `--max-restarts` started again."""
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.hook is not None:
+            raise ValueError(f"layer must be None when hook is given, got {self.layer}")
+        for name in ("tokens", "eval_tokens", "checkpoints", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.variant not in SAES:
+            raise ValueError(f"variant must be one of {sorted(SAES)}, got {self.variant!r}")
+        if issubclass(SAES[self.variant], Transcodes):
+            raise ValueError(
+                f"variant must reconstruct its input, got {self.variant!r}: a transcoder trains "
+                "with Trainer, on pairs of rows and targets"
+            )
+        if self.distribute not in get_args(Distribution):
+            raise ValueError(
+                f"distribute must be one of {list(get_args(Distribution))}, got {self.distribute!r}"
+            )
+        if self.distribute == "layers" and (self.dp, self.tp) != (1, 1):
+            raise ValueError(
+                f"dp and tp must be 1 with distribute 'layers', got {self.dp} and {self.tp}"
+            )
+        if self.activations is not None:
+            for f in fields(LanguageModelRun):
+                if f.name in FROM_SHARDS and getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name} must be left to the harvest where activations are given, got "
+                        f"{getattr(self, f.name)!r}"
+                    )
+        if self.model_ranks and not self.stream:
+            raise ValueError(f"model_ranks must be 0 without stream, got {self.model_ranks}")
+        if not 0 <= self.model_ranks <= self.dp * self.tp or (
+            self.model_ranks and self.distribute == "layers"
+        ):
+            raise ValueError(
+                "model_ranks must be at most dp * tp, and 0 with distribute 'layers', got "
+                f"{self.model_ranks}"
+            )
+        if self.stream and self.harvest_tokens is not None:
+            raise ValueError(
+                f"harvest_tokens must be None with stream, got {self.harvest_tokens}: buffer_rows "
+                "says how many rows are in memory"
+            )
+        known = [f.name for f in fields(SAES[self.variant].config_class)]
+        for name in self.sae:
+            if name not in known or name in SET_BY_THE_RUN:
+                settable = [name for name in known if name not in SET_BY_THE_RUN]
+                raise ValueError(
+                    f"sae must hold fields of the variant {self.variant} among {settable}, "
+                    f"got {name!r}"
+                )
+        runs_of(self)
