@@ -2,8 +2,8 @@
 
 python distributed_runs.py FOLDER RANK WORLD PORT WHAT
 
-WHAT is `parity` (every mesh of so many processes, every case), `hang` or `kill`. The tests import
-`run` for the same cases by one process.
+WHAT is `parity` (every mesh of so many processes, every case), `twice` (the same bits for every
+architecture), `hang` or `kill`. The tests import `run` for the same cases by one process.
 """
 
 import json
@@ -314,9 +314,7 @@ def parity(folder: Path, world: int) -> None:
         for case in CASES if world == 2 else OF_FOUR:
             results[case] = found = run(case, mesh)
             if case in TWICE:
-                again = run(case, mesh)["weights"]
-                same = [torch.equal(t, again[name]) for name, t in found["weights"].items()]
-                found["same_twice"] = all(same)
+                found["same_twice"] = same_bits(case, mesh, found["weights"])
         results["selections"] = selections(mesh)
         results["disagreements"] = disagreements(mesh)
         results["bad rows"] = bad_rows(mesh)
@@ -324,6 +322,20 @@ def parity(folder: Path, world: int) -> None:
         side_by_side(folder, mesh)
         if mesh.is_first:
             torch.save(results, folder / f"{dp}x{tp}.pt")
+
+
+def same_bits(case: str, mesh: Mesh, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a run that is repeated ends with these weights."""
+    again = run(case, mesh)["weights"]
+    return all(torch.equal(t, again[name]) for name, t in weights.items())
+
+
+def twice(folder: Path, world: int) -> None:
+    for dp, tp in MESHES[world]:
+        mesh = Mesh(dp, tp)
+        same = {case: same_bits(case, mesh, run(case, mesh)["weights"]) for case in SAES}
+        if mesh.is_first:
+            (folder / f"{dp}x{tp}.json").write_text(json.dumps(same))
 
 
 def hang(folder: Path, mesh: Mesh) -> None:
@@ -358,8 +370,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     world = join_processes(timeout_seconds=8 if what == "hang" else 120)
-    if what == "parity":
-        parity(folder, world)
+    if what in ("parity", "twice"):
+        {"parity": parity, "twice": twice}[what](folder, world)
     else:
         {"hang": hang, "kill": kill}[what](folder, Mesh(world // 2, 2))
     if what == "hang":

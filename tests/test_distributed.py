@@ -147,6 +147,14 @@ class TestParity:
     def test_the_same_mesh_twice_gives_the_same_bits(self, results, world, mesh, case):
         assert results(world, mesh)[0][case]["same_twice"]
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("world", MESHES)
+    def test_so_does_every_architecture(self, tmp_path, world):
+        together(tmp_path, world, "twice")
+        for mesh in MESHES[world]:
+            same = json.loads((tmp_path / f"{label(mesh)}.json").read_text())
+            assert len(same) > 15 and all(same.values()), same
+
     @pytest.mark.parametrize(("world", "mesh"), ON_EVERY_MESH, ids=label)
     def test_ties_go_to_the_lowest_latent_and_row(self, results, world, mesh):
         found = results(world, mesh)[0]["selections"]
