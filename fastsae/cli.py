@@ -240,7 +240,7 @@ def _finish(out: Path, trained: Trained) -> None:
         latents = interesting_latents(trained.density, EXAMPLE_LATENTS)
         examples = top_tokens(trained.sae, trained.lm, trained.held_out, latents, n_examples=4)
     log = read_log(out / "metrics.jsonl")
-    plot_run(out / "run.png", log, trained.density.cpu(), examples)
+    plot_run(out / "run.png", log, trained.density, examples)
     print(report_table(trained.report))
     print(verdict_table([Verdict(**verdict) for verdict in trained.report["verdicts"]]))
     never = int((trained.density == 0).sum())

@@ -1,12 +1,33 @@
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     # Read when triton is first imported: the kernels then run on the CPU, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Makes a folder by its name, which the first test worker that asks fills and all others read."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def of(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return of
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ SMALL = [
     "--context-size",
     "64",
     "--eval-tokens",
-    "512",
+    "256",
     "--checkpoints",
     "3",
     "--device",
@@ -40,17 +40,20 @@ WITHOUT_K = [a for i, a in enumerate(SMALL) if "--k" not in SMALL[max(0, i - 1) 
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(made_once):
     """Options of a run on a tiny model."""
-    return ["--model", str(save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model"))]
+    return ["--model", str(made_once("cli-model", save_tiny_llama))]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(made_once):
     """A finished run."""
-    out = tmp_path_factory.mktemp("cli") / "run"
-    main(["train", "--out", str(out), *SMALL])
-    return out
+    return made_once("cli-run", lambda out: main(["train", "--out", str(out), *SMALL]))
+
+
+@pytest.fixture(scope="module")
+def tiny_run(made_once, tiny):
+    return made_once("cli-tiny-run", lambda out: main(["train", "--out", str(out), *SMALL, *tiny]))
 
 
 def refused(arguments, capsys):
@@ -75,11 +78,11 @@ def test_train_leaves_everything_behind(run):
     assert torch.allclose(sae.decoder_norms(), torch.ones(640), atol=1e-5)
     report = json.loads((run / "eval.json").read_text())
     assert report["rows"]["l0"] == 8
-    assert report["left_out"]["first_positions"] == 8
+    assert report["left_out"]["first_positions"] == 4
 
 
 def test_eval_repeats_the_figures_of_the_run(run, tmp_path, capsys):
-    arguments = ["eval", "--sae", str(run / "sae"), "--tokens", "512", "--device", "cpu"]
+    arguments = ["eval", "--sae", str(run / "sae"), "--tokens", "256", "--device", "cpu"]
     main([*arguments, "--out", str(tmp_path / "eval.json")])
     table = capsys.readouterr().out
     assert "CE loss score" in table and "FVU" in table
@@ -169,19 +172,20 @@ def test_a_normalisation_that_cannot_be_trained_is_refused_at_once(tmp_path, cap
     assert "aux_loss_coefficient must be 0 to train with normalize_activations" in message
 
 
+ALSO = ["--also", "k=16 lr=0.002", "--also", "layer=0 variant=standard l1_coefficient=0.5"]
+
+
 @pytest.fixture(scope="module")
-def several(tiny, tmp_path_factory):
+def several(made_once, tiny):
     """Three SAEs of one run: two at one layer, one of another variant at another."""
-    out = tmp_path_factory.mktemp("several") / "run"
-    also = ["--also", "k=16 lr=0.002", "--also", "layer=0 variant=standard l1_coefficient=0.5"]
-    main(["train", "--out", str(out), *SMALL, *tiny, *also])
-    return out
+    train = lambda out: main(["train", "--out", str(out), *SMALL, *tiny, *ALSO])
+    return made_once("cli-several", train)
 
 
 NAMES = ("base", "k=16,lr=0.002", "layer=0,variant=standard,l1_coefficient=0.5")
 
 
-def test_several_saes_come_of_one_harvest(several, tiny, tmp_path):
+def test_several_saes_come_of_one_harvest(several, tiny_run):
     assert {p.name for p in several.iterdir()} == {*NAMES, "run.json"}
     for name in NAMES:
         found = {p.name for p in (several / name).iterdir()}
@@ -191,8 +195,7 @@ def test_several_saes_come_of_one_harvest(several, tiny, tmp_path):
     assert isinstance(cfgs[2], StandardConfig) and cfgs[2].l1_coefficient == 0.5
     hooks = [cfg.metadata["hook_name"] for cfg in cfgs]
     assert hooks == ["blocks.1.hook_resid_post"] * 2 + ["blocks.0.hook_resid_post"]
-    main(["train", "--out", str(tmp_path / "alone"), *SMALL, *tiny])
-    paths = (several / "base", tmp_path / "alone")
+    paths = (several / "base", tiny_run)
     first, again = (SAE.load_from_disk(p / "sae").state_dict() for p in paths)
     assert all(torch.equal(first[name], again[name]) for name in first)
     reports = [json.loads((path / "eval.json").read_text()) for path in paths]
@@ -206,8 +209,7 @@ def test_several_saes_resume_together(several, tiny, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(several, out)
     shutil.rmtree(out / NAMES[1] / "checkpoints/step-000000012")
-    also = ["--also", "k=16 lr=0.002", "--also", "layer=0 variant=standard l1_coefficient=0.5"]
-    main(["train", "--out", str(out), *SMALL, *tiny, *also, "--resume"])
+    main(["train", "--out", str(out), *SMALL, *tiny, *ALSO, "--resume"])
     for name in NAMES:
         first, again = (SAE.load_from_disk(p / name / "sae").state_dict() for p in (several, out))
         assert all(torch.equal(first[key], again[key]) for key in first)
@@ -215,7 +217,7 @@ def test_several_saes_resume_together(several, tiny, tmp_path):
 
 def test_several_saes_are_evaluated_together(several, tmp_path, capsys):
     paths = [str(several / name / "sae") for name in NAMES]
-    options = ["--tokens", "512", "--device", "cpu", "--out", str(tmp_path / "eval.json")]
+    options = ["--tokens", "256", "--device", "cpu", "--out", str(tmp_path / "eval.json")]
     main(["eval", "--sae", *paths[:2], *options])
     reports = json.loads((tmp_path / "eval.json").read_text())
     assert list(reports) == paths[:2]
@@ -230,11 +232,10 @@ def test_several_saes_are_evaluated_together(several, tmp_path, capsys):
 def test_plot_draws_a_run_finished_or_not(several, tmp_path, capsys):
     import shutil
 
-    main(["plot", str(several / "base")])
-    assert (several / "base" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    (several / "base" / "curves.png").unlink()
     unfinished = tmp_path / "run"
     shutil.copytree(several / "base", unfinished)
+    main(["plot", str(unfinished)])
+    assert (unfinished / "curves.png").read_bytes().startswith(b"\x89PNG")
     of_the_sae = density_of_run(unfinished)
     shutil.rmtree(unfinished / "sae")
     assert torch.allclose(density_of_run(unfinished), of_the_sae, atol=1e-6)
@@ -281,14 +282,14 @@ def test_a_change_without_a_value_is_refused():
         changes_in("k16")
 
 
-def test_resume_continues_from_the_newest_checkpoint(run, tmp_path):
+def test_resume_continues_from_the_newest_checkpoint(tiny_run, tiny, tmp_path):
     import shutil
 
     out = tmp_path / "run"
-    shutil.copytree(run, out)
+    shutil.copytree(tiny_run, out)
     shutil.rmtree(out / "checkpoints/step-000000012")
-    main(["train", "--out", str(out), *SMALL, "--resume"])
-    first, again = (SAE.load_from_disk(p / "sae").state_dict() for p in (run, out))
+    main(["train", "--out", str(out), *SMALL, *tiny, "--resume"])
+    first, again = (SAE.load_from_disk(p / "sae").state_dict() for p in (tiny_run, out))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -302,20 +303,20 @@ def test_eval_reads_what_was_held_out_from_the_sae(tiny, tmp_path, monkeypatch, 
     own = ["--dataset", str(data), "--text-column", "body", "--seed", "1"]
     main(["train", "--out", str(out), *SMALL, *tiny, *own])
     evaluated = tmp_path / "eval.json"
-    arguments = ["--tokens", "512", "--device", "cpu", "--out", str(evaluated)]
+    arguments = ["--tokens", "256", "--device", "cpu", "--out", str(evaluated)]
     main(["eval", "--sae", str(out / "sae"), *arguments])
     again, first = json.loads(evaluated.read_text()), json.loads((out / "eval.json").read_text())
     assert again["rows"]["fvu"] == pytest.approx(first["rows"]["fvu"], rel=1e-4)
 
 
-def test_resume_with_another_argument_is_refused(run, capsys):
+def test_resume_with_another_argument_is_refused(tiny_run, tiny, capsys):
     changed = [{"6144": "9216"}.get(a, a) for a in SMALL]
-    message = refused(["train", "--out", str(run), *changed, "--resume"], capsys)
+    message = refused(["train", "--out", str(tiny_run), *changed, *tiny, "--resume"], capsys)
     assert "tokens: 6144 then, 9216 now" in message
 
 
-def test_a_folder_with_a_run_is_refused(run, capsys):
-    message = refused(["train", "--out", str(run), *SMALL], capsys)
+def test_a_folder_with_a_run_is_refused(tiny_run, capsys):
+    message = refused(["train", "--out", str(tiny_run), *SMALL], capsys)
     assert "out must be a folder without a run" in message and "--resume" in message
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,30 @@ def test_a_run_goes_on_where_either_is_killed(run, tmp_path, killed):
     assert began.returncode != 0
     assert f"dead: rank {killed} (pid" in said
     assert trained(cut, 2, *more, "--resume") == whole
+
+
+@pytest.mark.slow
+def test_only_batches_have_to_come_within_the_time_out(run, tmp_path):
+    one = replace(run, out=tmp_path / "slow")
+    whole = command(one, 3, "--dp", "2", "--model-ranks", "1", "--timeout-seconds", "6")
+    at = whole.index("-m", 2)  # the module that torchrun starts
+    slowed = [*whole[:at], str(Path(__file__).with_name("slow_model.py")), *whole[at + 2 :]]
+    done = subprocess.run(slowed, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_model_is_said_by_all(run, tmp_path):
+    wrong = replace(run, out=tmp_path / "wrong", hook="blocks.7.hook_resid_post")
+    done = subprocess.run(
+        command(wrong, 2, "--model-ranks", "1"),
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("hook must be") == 2, done.stderr[-3000:]
 
 
 def test_bad_numbers_of_processes_are_refused(run):

@@ -86,9 +86,9 @@ def resolve_hook(lm: LanguageModel, name: str) -> HookPoint:
     Raises:
         ValueError: the model has no such activation, or no such layer.
     """
-    layers_path = _layers_path(lm)
+    layers = layers_path(lm)
     modules = dict(lm.model.named_modules())
-    layer = re.match(rf"(?:blocks|{re.escape(layers_path)})\.(\d+)(?:\.|$)", name)
+    layer = re.match(rf"(?:blocks|{re.escape(layers)})\.(\d+)(?:\.|$)", name)
     if layer and int(layer[1]) >= lm.n_layers:
         raise ValueError(
             f"hook layer must be from 0 to {lm.n_layers - 1} in {lm.name}, got {layer[1]} ({name})"
@@ -100,10 +100,10 @@ def resolve_hook(lm: LanguageModel, name: str) -> HookPoint:
     place = _PLACES.get(name[layer.end() :]) if layer and name.startswith("blocks.") else None
     if layer is None or place is None:
         raise ValueError(_unknown(lm, name, layer[1] if layer else "0", modules))
-    for below in _paths_of(place, f"{layers_path}.{layer[1]}", modules):
+    for below in _paths_of(place, f"{layers}.{layer[1]}", modules):
         if below in modules:
             return HookPoint(name=name, module_path=below, side=place.side)
-    kind = type(modules[f"{layers_path}.{layer[1]}"]).__name__
+    kind = type(modules[f"{layers}.{layer[1]}"]).__name__
     raise ValueError(
         f"hook {name} needs a layer with a module called one of {', '.join(place.paths)}, "
         f"got {kind}; name the path of a module instead"
@@ -233,7 +233,7 @@ def _tensor(value: Any, hook: HookPoint) -> Tensor:
     return value
 
 
-def _layers_path(lm: LanguageModel) -> str:
+def layers_path(lm: LanguageModel) -> str:
     """Path of the list of transformer layers: the first list that has as many as the model."""
     for path, module in lm.model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.n_layers:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class BadRow(ValueError):
     def __init__(self, message: str, context: int, position: int, row: int) -> None:
         super().__init__(f"{message} in context {context} at position {position}")
         self.message, self.context, self.position, self.row = message, context, position, row
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process may hear of it
+        return type(self), (self.message, self.context, self.position, self.row)
 
 
 class TokenBatch(NamedTuple):

@@ -5,6 +5,7 @@ along `dp` those that hold other rows and the same latents. Rank r is part r // 
 so that shards, which talk most, are neighbours inside a machine.
 """
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
 
 Axis = Literal["dp", "tp", "world"]
 T = TypeVar("T")
@@ -23,6 +25,8 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+PATIENCE = timedelta(days=7)
+"""Of processes that wait for as long as it takes."""
 TIMEOUT_SECONDS = 600.0
 """After which a process that does not answer ends the run."""
 
@@ -52,6 +56,7 @@ class Mesh:
         tp: shards of the dictionary.
         device: of the process's tensors; decides the backend (NCCL on GPUs, gloo elsewhere).
         beside: further processes, of the highest ranks, that make the mesh and are not in it.
+        timeout: after which one that does not answer ends the run; None: PyTorch's own.
 
     Raises:
         ValueError: dp x tp + beside is not the number of processes.
@@ -63,6 +68,7 @@ class Mesh:
         tp: int = 1,
         device: torch.device | str = "cpu",
         beside: int = 0,
+        timeout: timedelta | None = None,
     ) -> None:
         for name, n in (("dp", dp), ("tp", tp)):
             if n < 1:
@@ -87,11 +93,24 @@ class Mesh:
             self.devices = DeviceMesh(kind, ranks, mesh_dim_names=("dp", "tp"))
             self.by_latent = DeviceMesh(kind, ranks.t(), mesh_dim_names=("tp", "dp"))
             if beside:
-                self._all = dist.new_group(ranks.flatten().tolist())  # pyright: ignore[reportAttributeAccessIssue]
+                self._all = dist.new_group(ranks.flatten().tolist(), timeout)  # pyright: ignore[reportAttributeAccessIssue]
+            if timeout is not None and self.has_this_process:
+                for name in ("dp", "tp"):  # a DeviceMesh does not take it
+                    _set_pg_timeout(timeout, self.devices.get_group(name))
         self.sent: Counter[str] = Counter()
         """Bytes this process has sent, by kind of collective and axis, as ring algorithms do it."""
         self.calls = 0
         """Collectives this process has begun: who waits for others has begun more."""
+
+    def patient(self) -> "Mesh":
+        """The same processes on the host; they wait for each other for days, and a death ends that.
+
+        For what takes as long as a model or a checkpoint is large.
+        """
+        other = copy.copy(self)
+        other.device = torch.device("cpu")
+        other._all = dist.new_group(backend="gloo", timeout=PATIENCE)  # pyright: ignore[reportAttributeAccessIssue]
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         return self  # its processes exist once
@@ -198,6 +217,22 @@ class Mesh:
             raise outcome[1]
         return outcome[0]
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Everyone does its own; all get what each one's returned, or the first exception."""
+        if self.size == 1:
+            return [work()]
+        outcome: tuple[Any, Exception | None] = (None, None)
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, error
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, outcome, self._all)
+        for _, error in everyone:
+            if error is not None:
+                raise error
+        return [result for result, _ in everyone]
+
     def check_agreement(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every process if any of these differs between them."""
         if self.size == 1:
@@ -243,6 +278,19 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def run_store(timeout: timedelta) -> dist.Store:
+    """A connection to the store of torchrun's processes, for those of this attempt.
+
+    torchrun keeps the store when it starts processes again: what the ones before wrote there,
+    addresses that nobody answers at, must not be found.
+    """
+    kept = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(attempt, kept)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def join_processes(
     device: torch.device | str = "cpu", timeout_seconds: float = TIMEOUT_SECONDS
 ) -> int:
@@ -263,17 +311,7 @@ def join_processes(
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps the store when it starts processes again: what the ones before wrote there,
-        # addresses that nobody answers at, must not be found.
-        kept = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timeout,
-        )
-        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        store = dist.PrefixStore(attempt, kept)  # pyright: ignore[reportPrivateImportUsage]
-        rank = int(os.environ["RANK"])
+        store, rank = run_store(timeout), int(os.environ["RANK"])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

@@ -1,4 +1,7 @@
-"""Who is missing when a collective fails: every process says once a second how far it is."""
+"""Who is missing when a collective fails.
+
+Every process says once a second how far it is, and why when it ends in an error of its own.
+"""
 
 import json
 import os
@@ -6,13 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from fastsae.distributed.mesh import Mesh
+from fastsae.distributed.mesh import Mesh, run_store
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 3.5
@@ -41,9 +44,13 @@ def watched(mesh: Mesh, step: Callable[[], int]) -> Iterator[None]:
     beat = _Heartbeat(mesh, step)
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         message = str(error)
-        if not isinstance(error, dist.DistError) and not any(t in message for t in OF_COLLECTIVES):
+        of_collectives = isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and any(t in message for t in OF_COLLECTIVES)
+        )
+        if not of_collectives:
+            beat.last_words(f"{type(error).__name__}: {message}")
             raise
         first = message.strip().partition("\n")[0]
         raise ProcessLost(f"{beat.verdict()}; resume from the last checkpoint ({first})") from error
@@ -55,12 +62,7 @@ class _Heartbeat:
     def __init__(self, mesh: Mesh, step: Callable[[], int]) -> None:
         self.mesh, self.step = mesh, step
         # A connection of its own: the default one is busy while a collective waits.
-        self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=10),
-        )
+        self.store = run_store(timedelta(seconds=10))
         self._over = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -77,9 +79,13 @@ class _Heartbeat:
             except RuntimeError:  # the store went with its process
                 return
 
-    def _beat(self) -> None:
+    def last_words(self, error: str) -> None:
+        with suppress(RuntimeError):  # the store went with its process
+            self._beat(error)
+
+    def _beat(self, error: str | None = None) -> None:
         here = {"time": time.time(), "step": self.step(), "calls": self.mesh.calls}
-        here |= {"pid": os.getpid(), "host": socket.gethostname()}
+        here |= {"pid": os.getpid(), "host": socket.gethostname(), "error": error}
         self.store.set(f"fastsae/{self.mesh.rank}", json.dumps(here))
 
     def verdict(self) -> str:
@@ -93,6 +99,9 @@ class _Heartbeat:
         except RuntimeError:
             return "rank 0, which keeps the store of the processes, is gone"
         now = time.time()
+        ended = [f"{_named(r, b, now)}: {b['error']}" for r, b in beats.items() if b["error"]]
+        if ended:
+            return "ended in an error: " + ", then ".join(ended)
         longest_first = sorted(beats.items(), key=lambda item: item[1]["time"])
         limit = now - SILENT_SECONDS + BEAT_SECONDS / 2
         silent = [_named(rank, b, now) for rank, b in longest_first if b["time"] < limit]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsae.data import capture, resolve_hook, splice
+from fastsae.data.replay import Replay
 from fastsae.evaluation.metrics import ReconstructionMetrics
 from fastsae.interop.transformer_lens import as_language_model
 from fastsae.sae_lens.activations_store import ActivationsStore
@@ -135,13 +137,18 @@ class _Evaluation:
     def spliced(self) -> dict[str, dict[str, float]]:
         """What splicing the SAE in, or zeros, costs the model."""
         sums: dict[str, Tensor] = {}
+        replay: Replay | None = None
         for _ in range(self.cfg.n_eval_reconstruction_batches):
             tokens = self.store.get_batch_tokens(self.cfg.batch_size_prompts)
             keep = self._keep(tokens)
-            clean = self._logits(tokens)
-            with splice(self.lm, self.hook, lambda x, keep=keep: self._reconstruct(x, keep)):
+            replay = replay or Replay(self.lm, self.hook, tokens[:1])
+            with replay.recorded():
+                clean = self._logits(tokens)
+            reconstruct = partial(self._reconstruct, keep=keep)
+            zero = lambda x: self._put(x, torch.zeros_like(self._of(x)))
+            with replay.replayed(), splice(self.lm, self.hook, reconstruct):
                 logits = self._logits(tokens)
-            with splice(self.lm, self.hook, lambda x: self._put(x, torch.zeros_like(self._of(x)))):
+            with replay.replayed(), splice(self.lm, self.hook, zero):
                 zeros = self._logits(tokens)
             self._add(sums, "ce_loss_without_sae", _ce(clean, tokens), keep[:, :-1])
             self._add(sums, "ce_loss_with_sae", _ce(logits, tokens), keep[:, :-1])
@@ -268,4 +275,4 @@ def _ce(logits: Tensor, tokens: Tensor) -> Tensor:
 def _kl(clean: Tensor, changed: Tensor) -> Tensor:
     """[n, L] KL(clean || changed) of the predictions."""
     log_p, log_q = changed.log_softmax(-1), clean.log_softmax(-1)
-    return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    return torch.linalg.vecdot(log_q.exp(), log_q - log_p)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -85,6 +86,8 @@ def train_side_by_side(
     tell: Progress = progress if progress is not None and world.is_first else lambda *_: None
     world.check_agreement(as_json(run))
     world.on_first(lambda: open_folder(run))
+    if mesh.beside:  # whoever waits for a model waits for as long as it takes
+        world = world.patient()
     if not mesh.has_this_process:
         return _beside(run, world, mesh, device, progress or (lambda *_: None))
     source = _source(run, world, mesh, device)
@@ -129,7 +132,7 @@ def train_side_by_side(
         timings["train"] = time.perf_counter() - started
 
     ended = {
-        name: _Ended(trainer.cfg.sae, trainer.metrics, trainer.density())
+        name: _Ended(trainer.cfg.sae, trainer.metrics, trainer.density().cpu())
         for name, trainer in group.trainers.items()
     }
     if isinstance(source, ServedSource):
@@ -162,11 +165,9 @@ def _beside(
         ended: dict[str, _Ended] = world.on_first(dict)
     if world.rank != mesh.size:
         return {}
-    runs = runs_of(run)
-    hooks = {name: model.source.place(one) for name, one in runs.items()}
     timings = {"train": time.perf_counter() - started}
-    saes = _written(run, runs, device)
-    return _evaluated(run, model.source, hooks, saes, ended, timings, tell)
+    saes = _written(run, model.hooks, device)
+    return _evaluated(run, model.source, model.hooks, saes, ended, timings, tell)
 
 
 @contextmanager
@@ -232,7 +233,8 @@ def _mesh(run: LanguageModelRun, world: Mesh, device: torch.device) -> Mesh:
             f"{run.model_ranks} and {world.size} processes; start with: torchrun --nproc-per-node "
             f"{wanted} -m fastsae train ..."
         )
-    return Mesh(run.dp, run.tp, device, run.model_ranks)
+    timeout = timedelta(seconds=run.timeout_seconds)
+    return Mesh(run.dp, run.tp, device, run.model_ranks, timeout)
 
 
 def _source(

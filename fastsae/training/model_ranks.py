@@ -2,7 +2,8 @@
 
 Each process that trains is served by one that runs the model, with the rows that it would have made
 itself, so that who makes them changes no batch. It asks for a batch while it works on an earlier
-one: `AHEAD` requests are open at a time, each with room for the answer.
+one: `AHEAD` requests are open at a time, each with room for the answer. The time-out is for these;
+loading a model, making all earlier rows again and writing what was trained take as long as they do.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,8 +28,6 @@ AHEAD = 2
 """Batches that are on their way while one is trained on."""
 NEXT, NO_MORE = 1, 0
 """What a process that trains asks for."""
-UNTIL_THE_FIRST = timedelta(days=7)
-"""Of waiting: a run that goes on has the model make all earlier rows again."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,19 @@ def server_of(mesh: Mesh, rank: int) -> int:
 
 
 class ServedSource:
-    """Rows that a process beside the mesh makes of a model, which is not in this one's memory."""
+    """Rows that a process beside the mesh makes of a model, which is not in this one's memory.
+
+    Args:
+        world: all processes, patient.
+        mesh: those that train.
+    """
 
     halved: dict[str, str] = {}
     lm = None
 
     def __init__(self, world: Mesh, mesh: Mesh) -> None:
-        self.mesh, self.server = mesh, server_of(mesh, mesh.rank)
-        self.places: Places = world.on(mesh.size, _not_here)
+        self.world, self.mesh, self.server = world, mesh, server_of(mesh, mesh.rank)
+        self.places: Places = world.each(_wait)[mesh.size]
         self._samples: dict[str, Tensor] = {}
 
     def place(self, run: LanguageModelRun) -> str:
@@ -72,6 +75,7 @@ class ServedSource:
         return {}  # a few batches
 
     def read(self, hooks: set[str], tell: Progress) -> None:
+        self.world.each(_wait)
         received: list[Any] = [None]
         dist.recv_object_list(received, self.server, device=torch.device("cpu"))
         self._samples = received[0]
@@ -83,27 +87,26 @@ class ServedSource:
         self, hooks: set[str], batch_size: int, steps: range
     ) -> Generator[dict[str, Tensor]]:
         size = batch_size // self.mesh.size
-        dist.send(torch.tensor([size, steps.start, steps.stop]), self.server)
+        wanted = torch.tensor([size, steps.start, steps.stop])
+        dist.send(wanted, self.server, self.world.group("world"))
+        self.world.each(_wait)
         return self._received(hooks, size, len(steps))
 
     def _received(self, hooks: set[str], size: int, n_steps: int) -> Generator[dict[str, Tensor]]:
         coming: deque[_Coming] = deque()
-        asked, first = 0, True
+        asked = 0
         try:
             for _ in range(n_steps):
                 while asked < n_steps and len(coming) <= AHEAD:
                     coming.append(_Coming(self, hooks, size))
                     asked += 1
-                batch = coming[0].wait(UNTIL_THE_FIRST if first else None)
-                first = False
-                coming.popleft()
-                yield batch
+                yield coming.popleft().wait()
         except GeneratorExit:
             with suppress(RuntimeError):  # where the server is lost, which is why this ends
                 for one in coming:
-                    one.wait(None)
+                    one.wait()
                 if asked < n_steps:
-                    _send(NO_MORE, self.server)
+                    dist.send(torch.tensor([NO_MORE]), self.server)
             raise
 
     def held_out(self, hook: str) -> None:
@@ -114,15 +117,19 @@ class _Coming:
     """A batch that was asked for."""
 
     def __init__(self, source: ServedSource, hooks: set[str], size: int) -> None:
-        dtype = source.places.dtype
-        self.rows = {h: torch.empty(size, source.width(h), dtype=dtype) for h in sorted(hooks)}
-        self.works = [dist.irecv(rows, source.server) for rows in self.rows.values()]
-        _send(NEXT, source.server)
+        dtype, pinned = source.places.dtype, source.mesh.device.type == "cuda"
+        self.rows = {
+            hook: torch.empty(size, source.width(hook), dtype=dtype, pin_memory=pinned)
+            for hook in sorted(hooks)
+        }
+        self._asked = torch.tensor([NEXT])
+        self._works = [dist.irecv(rows, source.server) for rows in self.rows.values()]
+        self._works.append(dist.isend(self._asked, source.server))
 
-    def wait(self, timeout: timedelta | None) -> dict[str, Tensor]:
-        for work in self.works:
+    def wait(self) -> dict[str, Tensor]:
+        for work in self._works:
             assert work is not None
-            work.wait() if timeout is None else work.wait(timeout)
+            work.wait()
         return self.rows
 
 
@@ -130,69 +137,79 @@ class ModelRank:
     """This process runs the model, for some of those that train.
 
     Args:
-        world: all processes.
+        world: all processes, patient.
         mesh: those that train.
     """
 
     def __init__(
         self, run: LanguageModelRun, device: torch.device, world: Mesh, mesh: Mesh
     ) -> None:
-        self.mesh, self.steps_done = mesh, 0
-        lm = load_language_model(run.model, device=device)
-        self.sources = {
-            rank: StreamSource(run, lm, rank, mesh.size, ahead=0)
-            for rank in range(mesh.size)
-            if server_of(mesh, rank) == world.rank
-        }
-        self.source = next(iter(self.sources.values()))
+        self.run, self.device, self.world, self.mesh = run, device, world, mesh
+        self.steps_done = 0
+        self.sources: dict[int, StreamSource] = {}
+        """By the rank that is served."""
+        self.hooks: dict[str, str] = {}
+        """By the name of an SAE."""
+        world.each(self._load)
+
+    @property
+    def source(self) -> StreamSource:
         """Of the first that is served: the others differ in which rows they make."""
-        runs = runs_of(run).values()
-        for source in self.sources.values():
-            self.places = {(one.layer, one.hook): source.place(one) for one in runs}
-        self.hooks = set(self.places.values())
-        world.on(mesh.size, self._places)
+        return next(iter(self.sources.values()))
 
     def serve(self) -> None:
         """Make and send the rows of those that are served, until each has what it needs."""
+        places = set(self.hooks.values())
+        self.world.each(lambda: [one.read(places, _in_silence) for one in self.sources.values()])
         for rank, source in self.sources.items():
-            source.read(self.hooks, lambda *_: None)
-            samples = {hook: source.sample(hook) for hook in self.hooks}
+            samples = {hook: source.sample(hook).cpu() for hook in places}
             dist.send_object_list([samples], rank, device=torch.device("cpu"))
-        going = dict(self._begun(rank, source) for rank, source in self.sources.items())
-        while going:
-            for rank, batches in [*going.items()]:
-                batch = next(batches, None)
-                if batch is None or _received(rank) == NO_MORE:
-                    going.pop(rank).close()
+        batches = {rank: self._batches(rank, source) for rank, source in self.sources.items()}
+        # Nobody goes on before all can: a resumed run's first batch comes after all earlier ones.
+        ready: dict[int, dict[str, Tensor] | None] = {}
+        self.world.each(lambda: ready.update((r, next(b, None)) for r, b in batches.items()))
+        while ready:
+            for rank, batch in [*ready.items()]:
+                if batch is None or _received(rank, 1) == [NO_MORE]:
+                    del ready[rank]
+                    batches[rank].close()
                     continue
                 for _, rows in sorted(batch.items()):
                     dist.send(rows, rank)
+                ready[rank] = next(batches[rank], None)
             self.steps_done += 1
 
-    def _begun(self, rank: int, source: StreamSource) -> tuple[int, Generator[dict[str, Tensor]]]:
-        asked = torch.empty(3, dtype=torch.int64)
-        dist.recv(asked, rank)
-        size, start, stop = asked.tolist()
-        return rank, source.batches(self.hooks, size * self.mesh.size, range(start, stop))
+    def _batches(self, rank: int, source: StreamSource) -> Generator[dict[str, Tensor]]:
+        size, start, stop = _received(rank, 3, self.world.group("world"))
+        places = set(self.hooks.values())
+        return source.batches(places, size * self.mesh.size, range(start, stop))
 
-    def _places(self) -> Places:
+    def _load(self) -> Places:
+        lm = load_language_model(self.run.model, device=self.device)
+        runs = runs_of(self.run)
+        for rank in range(self.mesh.size):
+            if server_of(self.mesh, rank) == self.world.rank:
+                source = StreamSource(self.run, lm, rank, self.mesh.size, ahead=0)
+                self.hooks = {name: source.place(one) for name, one in runs.items()}
+                self.sources[rank] = source
+        hooks = set(self.hooks.values())
         return Places(
-            self.places,
-            {hook: self.source.width(hook) for hook in self.hooks},
-            {hook: self.source.metadata(hook) for hook in self.hooks},
-            self.source.lm.model.dtype,
+            {(one.layer, one.hook): self.hooks[name] for name, one in runs.items()},
+            {hook: self.source.width(hook) for hook in hooks},
+            {hook: self.source.metadata(hook) for hook in hooks},
+            lm.model.dtype,
         )
 
 
-def _not_here() -> Places:
-    raise AssertionError("a process that runs the model says what its places are")
+def _wait() -> None:
+    """What a process does while those that run the model load it, or make rows again."""
 
 
-def _send(number: int, rank: int) -> None:
-    dist.send(torch.tensor([number]), rank)
+def _in_silence(*_: Any) -> None:
+    """Progress of a process that is not the first."""
 
 
-def _received(rank: int) -> int:
-    number = torch.empty(1, dtype=torch.int64)
-    dist.recv(number, rank)
-    return int(number)
+def _received(rank: int, n: int, group: dist.ProcessGroup | None = None) -> list[int]:
+    numbers = torch.empty(n, dtype=torch.int64)
+    dist.recv(numbers, rank, group)
+    return numbers.tolist()
