@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.cases import Case, Start, batch, find_case, rows
 from bench.measure import interleaved, out_of_memory, peak_extra_bytes, quantiles
 from bench.ops import ceilings
-from bench.providers import PEERS, PROVIDERS, fastsae_step, find_provider
+from bench.providers import GPU_PEERS, PEERS, PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Step
 from bench.record import append
 from bench.roofline import step_work
@@ -170,7 +170,7 @@ def _peak(step: Step, x: Tensor) -> int:
 
 def summary(ms: dict[str, float]) -> str:
     """How often each peer's step holds ours, and SAELens's the accelerated one."""
-    ratios = [f"{ms[p] / ms['fastsae']:.2f} x over {p}" for p in PEERS[1:] if p in ms]
+    ratios = [f"{ms[p] / ms['fastsae']:.2f} x over {p}" for p in GPU_PEERS[1:] if p in ms]
     said = f"fastsae: {', '.join(ratios) or 'no other library is here to compare with'}"
     if {"sae-lens", "sae-lens-accelerated"} <= ms.keys():
         said += f"; accelerated SAELens: {ms['sae-lens'] / ms['sae-lens-accelerated']:.2f} x"
@@ -209,7 +209,8 @@ def main() -> None:
         case = find_case(args.case)
         case = replace(case, B=args.batch_size or case.B)
         run = functools.partial(times, skewed=args.usage == "skewed", device=args.device)
-        providers = PEERS if args.peers else args.providers
+        peers = GPU_PEERS if args.device == "cuda" else PEERS
+        providers = peers if args.peers else args.providers
         found = memory(case) if args.memory else run(case, providers, args.repeats, args.dead)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """Makes a folder by its name, which the first test worker that asks fills and all others read."""
+    """Makes a folder by its name: the first test worker that asks fills it, all others read it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 

@@ -2,8 +2,8 @@
 
 python distributed_runs.py FOLDER RANK WORLD PORT WHAT
 
-WHAT is `parity` (every mesh of so many processes, every case), `twice` (the same bits for every
-architecture), `hang` or `kill`. The tests import `run` for the same cases by one process.
+WHAT is `parity` (every mesh of so many processes, every case), `long` (all steps of every case, and
+again to the same bits), `hang` or `kill`. The tests import `run` for the same cases by one process.
 """
 
 import json
@@ -95,10 +95,17 @@ CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.ite
         "log_every": STEPS,
     },
 }
-TWICE = ("topk", "topk/rows", "batchtopk", "jumprelu")
-"""Cases that are run again, to the same bits."""
+TWICE = {2: ("topk", "topk/rows", "batchtopk", "jumprelu"), 4: ("topk/rows", "batchtopk")}
+"""Cases that so many processes run again, to the same bits."""
+CHECKPOINTED = {2: ("topk/rows", "topk/adam", "batchtopk"), 4: ("topk/rows", "batchtopk")}
 OF_FOUR = (*SAES, "topk/rows", "topk/pairs", "traffic/rows", "traffic/pairs")
 """Cases that four processes run."""
+ALL_STEPS = {
+    2: (*TWICE[2], "matryoshka", "standard", "jumprelu-sparse", "gated", "transcoder"),
+    4: TWICE[4],
+}
+"""Cases that so many processes run for all steps, and the others for `FEW`."""
+FEW = 4
 
 
 def run_config(case: str):
@@ -167,10 +174,14 @@ def step_and_look(trainer: Trainer, batch: tuple[torch.Tensor, ...]) -> dict[str
     return found
 
 
-def run(case: str, mesh: Mesh | None) -> dict[str, Any]:
+def steps_of(case: str, world: int) -> int:
+    return STEPS if case in ALL_STEPS[world] else FEW
+
+
+def run(case: str, mesh: Mesh | None, steps: int = STEPS) -> dict[str, Any]:
     trainer = Trainer(run_config(case), device="cpu", mesh=mesh)
     mesh = trainer.mesh
-    drawn = batches(case)
+    drawn = batches(case)[:steps]
     trainer.initialise(*drawn[0])
     # AuxK has something to do from the first step on.
     latents = torch.tensor([*trainer.sae.latents])
@@ -287,7 +298,7 @@ def fit(
 
 def checkpoints(folder: Path, mesh: Mesh) -> None:
     """Runs that other meshes go on with, one that goes on with theirs, exports of both kinds."""
-    for case in ("topk/rows", "topk/adam", "batchtopk"):
+    for case in CHECKPOINTED[dist.get_world_size()]:
         out = folder / f"{case.replace('/', '+')}-{mesh.dp}x{mesh.tp}"
         trainer = fit(case, mesh, out)
         trainer.write_sae(out / "sae")
@@ -312,8 +323,8 @@ def parity(folder: Path, world: int) -> None:
         mesh = Mesh(dp, tp)
         results: dict[str, Any] = {}
         for case in CASES if world == 2 else OF_FOUR:
-            results[case] = found = run(case, mesh)
-            if case in TWICE:
+            results[case] = found = run(case, mesh, steps_of(case, world))
+            if case in TWICE[world]:
                 found["same_twice"] = same_bits(case, mesh, found["weights"])
         results["selections"] = selections(mesh)
         results["disagreements"] = disagreements(mesh)
@@ -330,12 +341,15 @@ def same_bits(case: str, mesh: Mesh, weights: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(t, again[name]) for name, t in weights.items())
 
 
-def twice(folder: Path, world: int) -> None:
+def long(folder: Path, world: int) -> None:
     for dp, tp in MESHES[world]:
         mesh = Mesh(dp, tp)
-        same = {case: same_bits(case, mesh, run(case, mesh)["weights"]) for case in SAES}
+        results: dict[str, Any] = {}
+        for case in CASES if world == 2 else OF_FOUR:
+            results[case] = found = run(case, mesh)
+            found["same_twice"] = same_bits(case, mesh, found["weights"])
         if mesh.is_first:
-            (folder / f"{dp}x{tp}.json").write_text(json.dumps(same))
+            torch.save(results, folder / f"{dp}x{tp}.pt")
 
 
 def hang(folder: Path, mesh: Mesh) -> None:
@@ -370,8 +384,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     world = join_processes(timeout_seconds=8 if what == "hang" else 120)
-    if what in ("parity", "twice"):
-        {"parity": parity, "twice": twice}[what](folder, world)
+    if what in ("parity", "long"):
+        {"parity": parity, "long": long}[what](folder, world)
     else:
         {"hang": hang, "kill": kill}[what](folder, Mesh(world // 2, 2))
     if what == "hang":

@@ -1,9 +1,12 @@
 """Harvests in a child process that is killed at moments drawn at random, until one gets through.
 
 python tests/killed_harvest.py MODEL TEXT OUT KILLS SEED
+
+OUT/whole is what it leaves that is never killed, OUT/killed the other.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ def main(model: str, text: str, out: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     lm = load_language_model(model)
     run = HarvestRun(
-        out=Path(out),
+        out=Path(out) / "killed",
         model=model,
         dataset=text,
         hooks=("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"),
@@ -28,6 +31,7 @@ def main(model: str, text: str, out: str, kills: int, seed: int) -> None:
         batch_contexts=16,
     )
     until_it_gets_through(lambda: harvest_to_disk(run, lm=lm), kills, seed, (0.02, 0.15))
+    harvest_to_disk(replace(run, out=Path(out) / "whole"), lm=lm)
 
 
 if __name__ == "__main__":

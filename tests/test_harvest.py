@@ -185,23 +185,22 @@ def test_massive_rows_are_left_out_at_every_hook(run, lm, monkeypatch):
     assert len(rows_of(other.out, HOOKS[1])) == index.rows
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, model, stories):
-    folders = [tmp_path / "killed", tmp_path / "whole"]
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, model, stories, kills):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    for folder, kills in zip(folders, (10, 0), strict=True):
-        command = [sys.executable, str(ROOT / "tests/killed_harvest.py"), model, stories]
-        done = subprocess.run(
-            [*command, str(folder), str(kills), "0"],
-            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[1] == str(kills)
-    killed, whole = map(files, folders)
+    command = [sys.executable, str(ROOT / "tests/killed_harvest.py"), model, stories]
+    done = subprocess.run(
+        [*command, str(tmp_path), str(kills), "0"],
+        env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == str(kills)
+    killed, whole = (files(tmp_path / name) for name in ("killed", "whole"))
     assert killed.keys() == whole.keys() and len(whole) > 5
     assert [name for name in whole if killed[name] != whole[name]] == []
-    ActivationShards(folders[0]).verify()
+    ActivationShards(tmp_path / "killed").verify()
 
 
 def test_a_kill_between_shard_and_index_is_made_good(run, lm):

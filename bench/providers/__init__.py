@@ -7,6 +7,7 @@ from pathlib import Path
 from bench.providers.base import Provider
 from bench.providers.dictionary_learning import dictionary_learning_step
 from bench.providers.fastsae import fastsae_step
+from bench.providers.flex_sae import flex_sae_step
 from bench.providers.plain import plain_step
 from bench.providers.sae_lens import sae_lens_step
 from bench.providers.sparsify import sparsify_step
@@ -30,9 +31,12 @@ PROVIDERS: dict[str, Provider] = {
         "dictionary_learning",
         "pip install --no-deps dictionary-learning==0.1.0 nnsight==0.3.7",
     ),
+    "flex-sae": Provider(flex_sae_step, "kernels", "pip install kernels"),
 }
 PEERS = ["fastsae", "sae-lens", "sae-lens-accelerated", "sparsify", "dictionary-learning"]
 """What `--peers` compares: libraries, each as its users run it."""
+GPU_PEERS = [*PEERS, "flex-sae"]
+"""The same on a GPU."""
 
 
 def find_provider(name: str) -> Provider:

@@ -1,5 +1,7 @@
 """The best plain PyTorch known, without any library."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,8 +9,16 @@ from torch import Tensor
 from bench.cases import Start
 from bench.providers.base import LR, Step, half
 
+Mse = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From indices, acts, W_dec, b_dec and x to the mean over rows of the squared error."""
 
-def plain_step(start: Start) -> Step:
+
+def bag_mse(indices: Tensor, acts: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Tensor:
+    x_hat = F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
+    return (x_hat - x).square().sum(1).mean()
+
+
+def plain_step(start: Start, mse_of: Mse = bag_mse) -> Step:
     """Dense scores, `topk`, a bag for the decoder, fused Adam."""
     case, device = start.case, start.device
     W_enc = start.W_enc.clone().requires_grad_()
@@ -25,8 +35,7 @@ def plain_step(start: Start) -> Step:
             h = torch.addmm(b_enc, x - b_dec, W_enc)
         indices = (h.detach() * norms).topk(case.K, dim=1, sorted=False).indices
         acts = h.gather(1, indices).relu().float()
-        x_hat = F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
-        mse = (x_hat - x).square().sum(1).mean()
+        mse = mse_of(indices, acts, W_dec, b_dec, x)
         optimizer.zero_grad()
         mse.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

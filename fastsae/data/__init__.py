@@ -1,6 +1,6 @@
 """Where activations come from: language models, text, hooks, harvested rows."""
 
-from fastsae.data.activations import Activations, RowFilter, harvest
+from fastsae.data.activations import Activations, RowFilter, harvest, harvest_all
 from fastsae.data.hooks import HookPoint, capture, d_at, resid_hook_name, resolve_hook, splice
 from fastsae.data.language_model import LanguageModel, load_language_model
 from fastsae.data.text import Text, load_text, split_documents
@@ -15,6 +15,7 @@ __all__ = [
     "capture",
     "d_at",
     "harvest",
+    "harvest_all",
     "load_language_model",
     "load_text",
     "resid_hook_name",

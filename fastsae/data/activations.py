@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,8 +70,19 @@ class Activations:
 
 
 def harvest(
+    lm: LanguageModel, hook: HookPoint, tokens: Int[Tensor, "n L"], **options: Any
+) -> Activations:
+    """Run the model over `tokens`, stopped at `hook`, and gather one row per token.
+
+    Args:
+        options: as in `harvest_all`, which takes several hooks at once.
+    """
+    return harvest_all(lm, [hook], tokens, **options)[0]
+
+
+def harvest_all(
     lm: LanguageModel,
-    hook: HookPoint,
+    hooks: Sequence[HookPoint],
     tokens: Int[Tensor, "n L"],
     *,
     batch_contexts: int | None = None,
@@ -79,8 +91,8 @@ def harvest(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Activations:
-    """Run the model over `tokens`, stopped at `hook`, and gather one row per token.
+) -> list[Activations]:
+    """The same at several hooks, of one pass that ends at the last of them.
 
     The median norm comes from the first contexts (8,192 rows) and is then fixed, so that a row's
     fate depends neither on the batches nor on what follows.
@@ -103,13 +115,14 @@ def harvest(
     n, length = tokens.shape
     step = batch_contexts or default_batch_contexts(lm.device, length)
     rules = RowRules(skip_first, massive_multiple=massive_multiple)
-    passes = ModelRows(lm, [hook], rules, device=device or lm.device)
-    gathered = _Gathered(lm, hook, tokens, skip_first, dtype, device)
+    passes = ModelRows(lm, hooks, rules, device=device or lm.device)
+    gathered = [_Gathered(lm, hook, tokens, skip_first, dtype, device) for hook in hooks]
     n_contexts = 0
     try:
-        for part in passes(TokenBatch(some, BEGINNING) for some in tokens.cpu().split(step)):
-            gathered.add(part, n_contexts)
-            n_contexts += len(part.tokens)
+        for parts in passes.each(TokenBatch(some, BEGINNING) for some in tokens.cpu().split(step)):
+            for one, part in zip(gathered, parts, strict=True):
+                one.add(part, n_contexts)
+            n_contexts += len(parts[0].tokens)
             if progress is not None:
                 progress(n_contexts * length, n * length)
     except BadRow as bad:
@@ -117,8 +130,12 @@ def harvest(
             f"{bad}; check the weights, or load the model with a dtype of wider range"
         ) from bad
     assert passes.median_norms is not None
-    row_filter = RowFilter(skip_first, passes.norm_limits[0])
-    return gathered.finish(row_filter, passes.median_norms[0])
+    return [
+        one.finish(RowFilter(skip_first, limit), median)
+        for one, limit, median in zip(
+            gathered, passes.norm_limits, passes.median_norms, strict=True
+        )
+    ]
 
 
 class _Gathered:

@@ -80,6 +80,13 @@ class _Landing(NamedTuple):
     batch: TokenBatch
     landed: Callable[[], object]
 
+    def at(self, hook: int) -> _Landing:
+        """The same of one hook."""
+        only = slice(hook, hook + 1)
+        return self._replace(
+            rows=self.rows[only], norms=self.norms[only], largest=self.largest[only]
+        )
+
 
 def row_norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
     """Euclidean norm of each row, accumulated in float32."""
@@ -148,9 +155,22 @@ class ModelRows:
         """
         contexts = rows = 0
         for landing in self._calibrated(self._landings(batches)):
-            kept = self._kept(landing, contexts, rows)
+            kept = self._kept(landing, self.hooks, self.norm_limits, contexts, rows)
             contexts, rows = contexts + len(kept.tokens), rows + len(kept.context)
             yield kept
+
+    def each(self, batches: Iterable[TokenBatch]) -> Iterator[list[KeptRows]]:
+        """The same passes; what is kept at a hook does not depend on the other hooks."""
+        contexts, rows = 0, [0] * len(self.hooks)
+        for landing in self._calibrated(self._landings(batches)):
+            limits = self.norm_limits
+            found = [
+                self._kept(landing.at(i), [hook], [limits[i]], contexts, rows[i])
+                for i, hook in enumerate(self.hooks)
+            ]
+            contexts += len(landing.batch.tokens)
+            rows = [before + len(kept.context) for before, kept in zip(rows, found, strict=True)]
+            yield found
 
     def _landings(self, batches: Iterable[TokenBatch]) -> Iterator[_Landing]:
         """Each batch, landed, once the next one was started."""
@@ -204,23 +224,30 @@ class ModelRows:
         medians = [row[row.isfinite()].median().item() if len(row) else 0.0 for row in norms]
         self.median_norms = medians
 
-    def _kept(self, landing: _Landing, contexts: int, rows: int) -> KeptRows:
+    def _kept(
+        self,
+        landing: _Landing,
+        hooks: list[HookPoint],
+        norm_limits: list[float],
+        contexts: int,
+        rows: int,
+    ) -> KeptRows:
         tokens = landing.batch.tokens
         wanted = ~torch.isin(tokens, self._dropped)
         wanted[:, : self.rules.skip_first] = False
         finite = landing.norms.isfinite()
-        limits = torch.tensor(self.norm_limits, dtype=landing.norms.dtype)[:, None, None]
+        limits = torch.tensor(norm_limits, dtype=landing.norms.dtype)[:, None, None]
         light = (landing.norms <= limits) | ~finite
         keep = wanted & light.all(0) & finite.all(0)
         bad = ~finite.all(0)
         if bad.any():
-            self._refuse_or_skip(landing, finite, bad, keep, contexts, rows)
+            self._refuse_or_skip(hooks, finite, bad, keep, contexts, rows)
         held = torch.finfo(self.dtype).max
         if bool((landing.largest.amax(0)[keep] > held).any()):
             over = (landing.largest > held) & keep
             hook, context, position = over.nonzero()[0].tolist()
             raise BadRow(
-                f"dtype must hold the activations at {self.hooks[hook].name}, got {self.dtype}, "
+                f"dtype must hold the activations at {hooks[hook].name}, got {self.dtype}, "
                 f"which ends at {held:.6g}, and {landing.largest[hook, context, position]:.6g}; "
                 "use bfloat16 or float32:",
                 *self._place(context, position, keep, contexts, rows),
@@ -241,7 +268,7 @@ class ModelRows:
 
     def _refuse_or_skip(
         self,
-        landing: _Landing,
+        hooks: list[HookPoint],
         finite: Bool[Tensor, "hooks n L"],
         bad: Bool[Tensor, "n L"],
         keep: Bool[Tensor, "n L"],
@@ -251,7 +278,7 @@ class ModelRows:
         context, position = bad.nonzero()[0].tolist()
         hook = int((~finite[:, context, position]).nonzero()[0])
         error = BadRow(
-            f"activations at {self.hooks[hook].name} must be finite, got NaN or inf",
+            f"activations at {hooks[hook].name} must be finite, got NaN or inf",
             *self._place(context, position, keep, contexts, rows),
         )
         if self.rules.nonfinite == "stop":

@@ -69,7 +69,7 @@ def train_side_by_side(
 ) -> dict[str, Trained]:
     """The same for the SAE of the run and those in `also`, by the names of their folders.
 
-    Activations are harvested once a hook, and every SAE of it gets the same batches. Of several
+    Activations are harvested in one pass, and all SAEs of a hook get the same batches. Of several
     processes all make this call: of SAEs that are split the first evaluates and returns the whole
     ones, and the others return none; of `layers` each has its own.
 

@@ -20,7 +20,7 @@ from fastsae.data import (
     HookPoint,
     LanguageModel,
     d_at,
-    harvest,
+    harvest_all,
     load_language_model,
     load_text,
     resid_hook_name,
@@ -101,14 +101,14 @@ class ModelSource:
     def read(self, hooks: set[str], tell: Progress) -> None:
         """Do what must be done before there are batches."""
         train, held_out = self._text()
-        for hook in sorted(hooks):
-            # Every process runs the model over its own contexts; the first evaluates.
-            mine = slice(self.part, None, self.parts)
-            self._rows[hook] = self._harvest(hook, train, self.first_tokens, mine, tell, "harvest")
-            if self.part == 0:
-                self._held_out[hook] = self._harvest(
-                    hook, held_out, self.run.eval_tokens, slice(None), tell, "harvest held-out"
-                )
+        places = sorted(hooks)
+        # Every process runs the model over its own contexts; the first evaluates.
+        mine = slice(self.part, None, self.parts)
+        self._rows = self._harvest(places, train, self.first_tokens, mine, tell, "harvest")
+        if self.part == 0:
+            self._held_out = self._harvest(
+                places, held_out, self.run.eval_tokens, slice(None), tell, "harvest held-out"
+            )
 
     def _text(self) -> tuple[Text, Text]:
         """To train on, and held out."""
@@ -117,17 +117,24 @@ class ModelSource:
         return split_documents(text, seed=run.seed)
 
     def _harvest(
-        self, hook: str, text: Text, n_tokens: int, contexts: slice, tell: Progress, name: str
-    ) -> Activations:
+        self,
+        places: list[str],
+        text: Text,
+        n_tokens: int,
+        contexts: slice,
+        tell: Progress,
+        name: str,
+    ) -> dict[str, Activations]:
         run = self.run
         tokens = tokenize(text, self.lm.tokenizer, context_size=run.context_size, n_tokens=n_tokens)
-        return harvest(
+        found = harvest_all(
             self.lm,
-            self._hooks[hook],
+            [self._hooks[place] for place in places],
             tokens[contexts],
             massive_multiple=run.massive_multiple,
             progress=lambda done, total: tell(name, done, total, {}),
         )
+        return dict(zip(places, found, strict=True))
 
     def sample(self, hook: str) -> Tensor:
         """Rows to initialise from."""
