@@ -59,13 +59,14 @@ class Replay:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside this context the skipped layers give what was recorded, and compute nothing."""
+        # Not by `setattr`, which modules that wrap another one pass on to it.
         own = [vars(layer).get("forward") for layer in self._skipped]
         for layer in self._skipped:
-            layer.forward = lambda *_args, **_kwargs: self._output
+            vars(layer)["forward"] = lambda *_args, **_kwargs: self._output
         try:
             yield
         finally:
             for layer, forward in zip(self._skipped, own, strict=True):
-                del layer.forward
+                del vars(layer)["forward"]
                 if forward is not None:  # somebody had put it there
-                    layer.forward = forward
+                    vars(layer)["forward"] = forward
