@@ -138,7 +138,7 @@ def test_what_is_wrong_with_the_model_is_said_by_all(run, tmp_path):
         check=False,
     )
     assert done.returncode != 0
-    assert done.stderr.count("hook must be") == 2, done.stderr[-3000:]
+    assert done.stderr.count("hook layer must be from 0 to 1 in") == 2, done.stderr[-3000:]
 
 
 def test_bad_numbers_of_processes_are_refused(run):
