@@ -165,9 +165,8 @@ def _shape(n_cols: int, column_bytes: int, whole: bool) -> tuple[int, int, int |
     """The columns of a program, its warps, and the registers of a thread.
 
     A thread has eight columns of a block at least, twelve of a whole row: they share its addresses
-    and masks, so that more programs are in flight on a multiprocessor. By registers compiled for
-    sm_90 these are 90 KB of weights and moments at D = 768, 86 at 2,304, 108 at 4,096, besides the
-    gather, and of whole rows 81 and 96 at the latter.
+    and masks, so that registers leave room for more programs on a multiprocessor (docs/kernels.md
+    has their numbers) and more bytes are on their way at a time.
     """
     cols = padded(n_cols) if whole else slice_columns(n_cols, column_bytes)
     mine, least, warps = min(n_cols, cols), 12 if whole else 8, 16
