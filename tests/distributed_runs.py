@@ -362,7 +362,7 @@ def hang(folder: Path, mesh: Mesh) -> None:
 
 
 def kill(folder: Path, mesh: Mesh) -> None:
-    """At each of the first attempts one process, drawn at random, is killed at a random step."""
+    """At each of the first attempts the process and the step that `kills.json` says."""
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     kills = json.loads((folder / "kills.json").read_text())
 

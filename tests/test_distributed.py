@@ -266,7 +266,8 @@ class TestFailure:
     def test_a_killed_process_costs_no_bits(self, results, tmp_path, world, n_kills):
         g = torch.Generator().manual_seed(n_kills)
         draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
-        kills = [[draw(0, world), draw(2 + 3 * i, 20)] for i in range(n_kills)]
+        # Ascending, so that no attempt begins behind its kill.
+        kills = [[draw(0, world), step] for step in sorted(draw(2, 20) for _ in range(n_kills))]
         (tmp_path / "kills.json").write_text(json.dumps(kills))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
         command += ["--max-restarts", str(n_kills), str(HERE / "distributed_runs.py")]
@@ -275,7 +276,7 @@ class TestFailure:
             [*command, str(tmp_path), "kill"], env=env, cwd=HERE, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert (tmp_path / f"killed-{n_kills - 1}").exists()
+        assert all((tmp_path / f"killed-{i}").exists() for i in range(n_kills))
         mesh = (world // 2, 2)
         whole = results(world, mesh)[1] / f"topk+rows-{label(mesh)}"
         ended = [fastsae.SAE.load_from_disk(one / "sae").state_dict() for one in (whole, tmp_path)]
