@@ -33,7 +33,10 @@ from fastsae.saes import TopKConfig as TopKConfig
 from fastsae.saes import TopKSAE as TopKSAE
 from fastsae.saes import Transcoder as Transcoder
 from fastsae.saes import TranscoderConfig as TranscoderConfig
+from fastsae.training import CheckpointConfig as CheckpointConfig
+from fastsae.training import LogConfig as LogConfig
 from fastsae.training import OptimizerConfig as OptimizerConfig
+from fastsae.training import ScheduleConfig as ScheduleConfig
 from fastsae.training import TrainConfig as TrainConfig
 from fastsae.training import Trainer as Trainer
 from fastsae.training import TrainerGroup as TrainerGroup

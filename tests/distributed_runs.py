@@ -86,13 +86,13 @@ CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.ite
     "topk/bf16": {"sae": SAES["topk"], "compute_dtype": "bfloat16", "exchange": "rows"},
     "standard/pairs": {"sae": SAES["standard"], "exchange": "pairs"},
     "jumprelu/pairs": {"sae": SAES["jumprelu-sparse"], "exchange": "pairs"},
-    "traffic/rows": {"sae": TRAFFIC, "exchange": "rows", "log_every": STEPS},
-    "traffic/pairs": {"sae": TRAFFIC, "exchange": "pairs", "log_every": STEPS},
+    "traffic/rows": {"sae": TRAFFIC, "exchange": "rows", "log": {"every": STEPS}},
+    "traffic/pairs": {"sae": TRAFFIC, "exchange": "pairs", "log": {"every": STEPS}},
     "traffic/micro": {
         "sae": TRAFFIC,
         "exchange": "pairs",
         "micro_batch_size": 8,
-        "log_every": STEPS,
+        "log": {"every": STEPS},
     },
 }
 TWICE = {2: ("topk", "topk/rows", "batchtopk", "jumprelu"), 4: ("topk/rows", "batchtopk")}
@@ -109,9 +109,8 @@ FEW = 4
 
 
 def run_config(case: str):
-    values = {"steps": STEPS, "dead_window": 5 * B, "log_every": 1, **CASES[case]}
-    optimizer = {"warm_up_steps": 0, "decay_steps": 0, **values.pop("optimizer", {})}
-    return config(optimizer=optimizer, **values)
+    values = {"steps": STEPS, "dead_window": 5 * B, "log": {"every": 1}, **CASES[case]}
+    return config(schedule={"warm_up_steps": 0, "decay_steps": 0}, **values)
 
 
 def batches(case: str):
@@ -276,7 +275,7 @@ def fit(
     Args:
         at: called with each step's number before it.
     """
-    cfg = replace(run_config(case), checkpoint_every=4, keep_checkpoints=9)
+    cfg = replace(run_config(case), checkpoint=fastsae.CheckpointConfig(every=4, keep=9))
     trainer = Trainer(cfg, device="cpu", mesh=mesh, out=out)
     trainer.resume()
 
@@ -313,7 +312,8 @@ def checkpoints(folder: Path, mesh: Mesh) -> None:
 def side_by_side(folder: Path, mesh: Mesh) -> None:
     """Two SAEs that save at the same steps."""
     cases = {"a": "topk", "b": "topk-without-norms"}
-    cfgs = {n: replace(run_config(case), checkpoint_every=3) for n, case in cases.items()}
+    often = fastsae.CheckpointConfig(every=3)
+    cfgs = {n: replace(run_config(case), checkpoint=often) for n, case in cases.items()}
     out = folder / f"side-by-side-{mesh.dp}x{mesh.tp}"
     TrainerGroup(cfgs, device="cpu", out=out, mesh=mesh).fit(my_batches(mesh, "topk"))
 

@@ -43,7 +43,7 @@ class TestResume:
         ids=["topk", "standard", "topk with bfloat16 products"],
     )
     def test_a_resumed_run_ends_like_one_never_stopped(self, kind, sae, compute, stop, tmp_path):
-        cfg = config(kind=kind, sae=sae, compute_dtype=compute, checkpoint_every=10)
+        cfg = config(kind=kind, sae=sae, compute_dtype=compute, checkpoint={"every": 10})
         whole = Trainer(cfg, device="cpu", out=tmp_path / "whole")
         train(whole)
         train(Trainer(cfg, device="cpu", out=tmp_path / "parts"), stop_before=stop)
@@ -87,7 +87,7 @@ KILLED_STEPS = 120
 def train_in_this_process(out, kill=None):
     """Train to the end; or with kill=(n, s) only to s seconds after n further steps."""
     torch.set_num_threads(1)
-    cfg = config(steps=KILLED_STEPS, checkpoint_every=3)
+    cfg = config(steps=KILLED_STEPS, checkpoint={"every": 3})
     trainer = Trainer(cfg, device="cpu", out=out)
     trainer.resume()
     first = trainer.steps_done
@@ -110,17 +110,17 @@ def saved_run(out):
 
 class TestCheckpoints:
     def test_the_newest_are_kept(self, tmp_path):
-        train(Trainer(config(checkpoint_every=25, keep_checkpoints=2), device="cpu", out=tmp_path))
+        train(Trainer(config(checkpoint={"every": 25, "keep": 2}), device="cpu", out=tmp_path))
         names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
         assert names == ["step-000000050", "step-000000060"]
 
-    def test_one_is_written_at_the_end_without_checkpoint_every(self, tmp_path):
+    def test_one_is_written_at_the_end_of_every_run(self, tmp_path):
         train(Trainer(config(), device="cpu", out=tmp_path))
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000060"]
 
     def test_nothing_is_written_without_out(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        trainer = Trainer(config(checkpoint_every=1), device="cpu")
+        trainer = Trainer(config(checkpoint={"every": 1}), device="cpu")
         train(trainer)
         assert list(tmp_path.iterdir()) == []
         assert not trainer.resume()
@@ -178,8 +178,8 @@ class TestCheckpoints:
         assert other.steps_done == 0
 
     def test_how_often_to_log_and_save_may_change(self, tmp_path):
-        train(Trainer(config(checkpoint_every=10), device="cpu", out=tmp_path), stop_before=30)
-        cfg = config(log_every=1, checkpoint_every=5, keep_checkpoints=9)
+        train(Trainer(config(checkpoint={"every": 10}), device="cpu", out=tmp_path), stop_before=30)
+        cfg = config(log={"every": 1}, checkpoint={"every": 5, "keep": 9})
         assert Trainer(cfg, device="cpu", out=tmp_path).resume()
 
     @pytest.mark.parametrize(

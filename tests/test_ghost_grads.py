@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsae import OptimizerConfig, StandardConfig, TrainConfig, Trainer
+from fastsae import OptimizerConfig, ScheduleConfig, StandardConfig, TrainConfig, Trainer
 from fastsae.saes import StandardSAE
 from fastsae_kernels import workspace
 from parity import relative_error
@@ -59,9 +59,14 @@ def test_row_adam_takes_the_same_steps_as_adam():
     weights = []
     for kind in ("row_adam", "adam"):
         sae, _ = made()
-        optimizer = OptimizerConfig(kind=kind, lr=1e-3, warm_up_steps=0, decay_steps=0)
+        optimizer = OptimizerConfig(kind=kind, lr=1e-3)
         cfg = TrainConfig(
-            sae=sae.cfg, total_tokens=20 * B, batch_size=B, dead_window=B, optimizer=optimizer
+            sae=sae.cfg,
+            total_tokens=20 * B,
+            batch_size=B,
+            dead_window=B,
+            optimizer=optimizer,
+            schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
         )
         trainer = Trainer(cfg, device="cpu")
         torch.manual_seed(1)

@@ -25,9 +25,9 @@ from training_runs import (
 )
 
 CFGS = {
-    "small": config(checkpoint_every=10),
-    "wide": config(sae=topk_config(d_sae=200, k=3), kind="adam", seed=4, checkpoint_every=10),
-    "relu": config(sae=standard_config(), checkpoint_every=10, log_every=20),
+    "small": config(checkpoint={"every": 10}),
+    "wide": config(sae=topk_config(d_sae=200, k=3), kind="adam", seed=4, checkpoint={"every": 10}),
+    "relu": config(sae=standard_config(), checkpoint={"every": 10}, log={"every": 20}),
 }
 
 
@@ -92,9 +92,7 @@ def test_a_kill_during_the_first_save_starts_anew(whole, tmp_path):
 
 
 def test_with_one_checkpoint_kept_there_is_always_one_that_all_have(tmp_path):
-    cfgs = {
-        name: config(checkpoint_every=5, keep_checkpoints=1, seed=i) for i, name in enumerate("ab")
-    }
+    cfgs = {name: config(checkpoint={"every": 5, "keep": 1}, seed=i) for i, name in enumerate("ab")}
     group = TrainerGroup(cfgs, device="cpu", out=tmp_path)
     written = []
 
@@ -116,7 +114,7 @@ def test_with_one_checkpoint_kept_there_is_always_one_that_all_have(tmp_path):
 
 
 def test_each_gets_the_rows_of_its_name():
-    cfgs = {name: config(steps=3, log_every=1) for name in ("here", "there")}
+    cfgs = {name: config(steps=3, log={"every": 1}) for name in ("here", "there")}
     lines = []
     group = TrainerGroup(cfgs, device="cpu")
     stream = ({"here": x, "there": 3 * x + 1} for x in ROWS.from_step(0))
@@ -166,7 +164,9 @@ def test_a_group_is_refused(cfgs, message):
 
 
 def test_bad_rows_of_one_are_named():
-    group = TrainerGroup({"a": config(log_every=1), "b": config(log_every=1)}, device="cpu")
+    group = TrainerGroup(
+        {"a": config(log={"every": 1}), "b": config(log={"every": 1})}, device="cpu"
+    )
     bad = ROWS.batch(0).clone()
     bad[3, D - 1] = torch.nan
     with pytest.raises(ValueError, match="activations must be finite, .* at row 3"):

@@ -46,7 +46,7 @@ def gradients(trainer, step):
 
 @pytest.mark.parametrize("options", [in_order(options) for options in NARROW.values()], ids=NARROW)
 def test_it_learns_and_a_resumed_run_has_its_bits(options, tmp_path):
-    cfg = config(60, optimizer=options, checkpoint_every=10)
+    cfg = config(60, optimizer=options, checkpoint={"every": 10})
     whole = Trainer(cfg, device="cpu", out=tmp_path / "whole")
     train(whole)
     train(Trainer(cfg, device="cpu", out=tmp_path / "parts"), stop_before=37)
@@ -212,9 +212,10 @@ class TestResampling:
             cfg = config(
                 40,
                 sae=topk_config(aux_loss_coefficient=0.0),
-                optimizer={"decay_steps": 20, **options},
+                optimizer=options,
+                schedule={"decay_steps": 20},
                 resample_every=15,
-                log_every=1,
+                log={"every": 1},
             )
             trainer, lines = Trainer(cfg, device="cpu"), []
             trainer.fit(ROWS.from_step(0), sample=ROWS.rows, progress=lines.append)

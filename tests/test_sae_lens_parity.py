@@ -7,7 +7,14 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import OptimizerConfig, StandardConfig, TopKConfig, TrainConfig, Trainer
+from fastsae import (
+    OptimizerConfig,
+    ScheduleConfig,
+    StandardConfig,
+    TopKConfig,
+    TrainConfig,
+    Trainer,
+)
 from parity import relative_error
 
 D, F, K, B = 24, 160, 8, 96
@@ -284,13 +291,14 @@ def their_trainer(peer, sae):
 def test_training_steps_give_the_same_weights(peer, architecture, kind):
     warm_up = {"l1_coefficient": 0.5, "l1_warm_up_steps": 6} if architecture == "standard" else {}
     ours, theirs = pair(peer, architecture, **warm_up)
-    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0, warm_up_steps=0, decay_steps=0)
+    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0)
     cfg = TrainConfig(
         sae=ours.cfg,
         total_tokens=1000 * B,
         batch_size=B,
         dead_window=4 * B,
         optimizer=optimizer,
+        schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
     )
     trainer, peer_trainer = Trainer(cfg, device="cpu"), their_trainer(peer, theirs)
     copy_weights(theirs, trainer.sae)

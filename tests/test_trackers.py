@@ -37,7 +37,7 @@ def test_wandb_gets_every_line_of_each_sae(tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(wandb, "init", watched)
-    cfgs = {name: config(20, log_to=("wandb",), seed=i) for i, name in enumerate("ab")}
+    cfgs = {name: config(20, log={"to": ("wandb",)}, seed=i) for i, name in enumerate("ab")}
     group = TrainerGroup(cfgs, device="cpu", out=tmp_path)
     group.fit(ROWS.from_step(0), sample=ROWS.rows)
     assert [options["name"] for options in started] == ["a", "b"]
@@ -52,7 +52,7 @@ def test_wandb_gets_every_line_of_each_sae(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_tensorboard_has_the_log_without_what_a_resumed_run_repeats(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    cfg = config(30, log_to=("tensorboard",), checkpoint_every=10)
+    cfg = config(30, log={"to": ("tensorboard",)}, checkpoint={"every": 10})
     train(Trainer(cfg, device="cpu", out=tmp_path), stop_before=25)
     resumed = Trainer(cfg, device="cpu", out=tmp_path)
     assert resumed.resume()
@@ -69,7 +69,7 @@ def test_tensorboard_has_the_log_without_what_a_resumed_run_repeats(tmp_path):
 def test_trackio_gets_every_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     storage = pytest.importorskip("trackio.sqlite_storage")
-    cfg = config(20, log_to=("trackio",), project="of-a-test")
+    cfg = config(20, log={"to": ("trackio",), "project": "of-a-test"})
     train(Trainer(cfg, device="cpu", out=tmp_path / "run"))
     found = storage.SQLiteStorage.get_logs("of-a-test", "run")
     lines = read_log(tmp_path / "run" / "metrics.jsonl")
@@ -79,7 +79,7 @@ def test_trackio_gets_every_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", TRACKERS)
 def test_one_that_is_absent_is_named_with_its_extra(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
-    trainer = Trainer(config(log_to=(name,)), device="cpu", out=tmp_path)
+    trainer = Trainer(config(log={"to": (name,)}), device="cpu", out=tmp_path)
     with pytest.raises(ImportError, match=rf"{name} is not installed.*fastsae-triton\[{name}\]"):
         trainer.fit(ROWS.from_step(0))
     assert trainer.steps_done == 0
@@ -100,7 +100,7 @@ def test_a_tracker_is_closed_when_a_run_fails(monkeypatch, tmp_path):
 
     monkeypatch.setitem(TRACKERS, "trackio", Quiet)
     with pytest.raises(ValueError, match="batches must last"):
-        Trainer(config(log_to=("trackio",)), device="cpu", out=tmp_path).fit([ROWS.batch(0)])
+        Trainer(config(log={"to": ("trackio",)}), device="cpu", out=tmp_path).fit([ROWS.batch(0)])
     assert closed == [True]
 
 
@@ -110,10 +110,10 @@ def test_tensorboard_needs_a_folder(monkeypatch):
     writer.SummaryWriter = None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
     with pytest.raises(ValueError, match="out must be a folder to log to tensorboard, got None"):
-        Trainer(config(log_to=("tensorboard",)), device="cpu").fit(ROWS.from_step(0))
+        Trainer(config(log={"to": ("tensorboard",)}), device="cpu").fit(ROWS.from_step(0))
 
 
 @pytest.mark.usefixtures("no_type_checker")
 def test_an_unknown_tracker_is_refused():
-    with pytest.raises(ValueError, match=r"log_to must be among \['wandb', .*\], got 'mlflow'"):
-        config(log_to=("mlflow",))
+    with pytest.raises(ValueError, match=r"log.to must be among \['wandb', .*\], got 'mlflow'"):
+        config(log={"to": ("mlflow",)})

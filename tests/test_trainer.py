@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastsae import OptimizerConfig, TrainConfig, Trainer
+from fastsae import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    Trainer,
+)
 from fastsae.data.batches import ShuffledRows
 from fastsae.training import defaults
 from fastsae.training.dead_latents import DeadLatents
@@ -48,8 +55,8 @@ class TestDefaults:
         steps = 1_000_000 // 1024
         assert (cfg.batch_size, cfg.total_steps) == (1024, steps)
         assert cfg.optimizer.lr == pytest.approx(3e-3 / 2)
-        assert cfg.optimizer.warm_up_steps == steps // 16
-        assert cfg.optimizer.decay_steps == steps // 2
+        assert cfg.schedule.warm_up_steps == steps // 16
+        assert cfg.schedule.decay_steps == steps // 2
         assert cfg.dead_window == 100_000
         assert cfg.compute_dtype == "float32"
 
@@ -67,18 +74,19 @@ class TestDefaults:
 
     def test_long_runs_meet_the_ceilings(self):
         cfg = TrainConfig(sae=topk_config(), total_tokens=10**9).resolved(CPU)
-        assert cfg.optimizer.warm_up_steps == 1000
+        assert cfg.schedule.warm_up_steps == 1000
         assert cfg.dead_window == 10_000_000
 
     def test_what_is_given_stays(self):
-        optimizer = OptimizerConfig(lr=0.5, lr_end=0.1, warm_up_steps=0, decay_steps=0)
+        schedule = ScheduleConfig(lr_end=0.1, warm_up_steps=0, decay_steps=0)
         cfg = TrainConfig(
             sae=topk_config(),
             total_tokens=1_000_000,
             batch_size=100,
             dead_window=7,
             compute_dtype="bfloat16",
-            optimizer=optimizer,
+            optimizer=OptimizerConfig(lr=0.5),
+            schedule=schedule,
         )
         assert cfg.resolved(CPU) == cfg
 
@@ -115,7 +123,7 @@ class TestBadActivations:
     def test_one_bad_value_is_refused_with_its_step_and_row(self, value):
         rows = [ROWS.batch(step).clone() for step in range(3)]
         rows[2][5, 3] = value
-        trainer = Trainer(config(log_every=1), device="cpu")
+        trainer = Trainer(config(log={"every": 1}), device="cpu")
         message = "activations must be finite, got NaN or inf in 1 rows .* step 3, .* at row 5"
         with pytest.raises(ValueError, match=message):
             trainer.fit(rows)
@@ -132,7 +140,7 @@ class TestBadActivations:
     def test_a_bad_value_between_two_log_lines_reaches_no_checkpoint(self, every, newest, tmp_path):
         rows = [ROWS.batch(step).clone() for step in range(60)]
         rows[9][0, 0] = math.nan
-        trainer = Trainer(config(checkpoint_every=every), device="cpu", out=tmp_path)
+        trainer = Trainer(config(checkpoint={"every": every}), device="cpu", out=tmp_path)
         with pytest.raises(ValueError, match="finite"):
             trainer.fit(rows)
         resumed = Trainer(config(), device="cpu", out=tmp_path)
@@ -140,7 +148,7 @@ class TestBadActivations:
         assert all(p.isfinite().all() for p in resumed.sae.parameters())
 
     def test_a_loss_that_overflows_is_refused(self):
-        cfg = config(log_every=1, sae=topk_config(normalize_activations="none"))
+        cfg = config(log={"every": 1}, sae=topk_config(normalize_activations="none"))
         with pytest.raises(ValueError, match="loss must be finite, got inf at step 1; lower lr"):
             Trainer(cfg, device="cpu").fit(
                 [torch.full((B, D), 1e30).index_fill(0, torch.tensor([0]), 1)]
@@ -244,8 +252,8 @@ class TestStep:
         assert torch.allclose(trainer.sae.b_dec, scaled.mean(0), atol=1e-6)
 
     def test_the_learning_rate_follows_its_schedule(self):
-        optimizer = {"warm_up_steps": 2, "decay_steps": 4, "lr": 1.0}
-        trainer = Trainer(config(steps=8, optimizer=optimizer), device="cpu")
+        schedule = {"warm_up_steps": 2, "decay_steps": 4}
+        trainer = Trainer(config(8, optimizer={"lr": 1.0}, schedule=schedule), device="cpu")
         rates = []
         for step in range(8):
             trainer.step(ROWS.batch(step))
@@ -327,11 +335,8 @@ class TestShuffledRows:
 
 BAD_RUNS = {
     "total_tokens must be at least 1, got 0": {"total_tokens": 0},
-    "log_every must be at least 1, got 0": {"log_every": 0},
-    "keep_checkpoints must be at least 1, got 0": {"keep_checkpoints": 0},
     "batch_size must be at least 1 or None, got 0": {"batch_size": 0},
     "dead_window must be at least 1 or None, got -1": {"dead_window": -1},
-    "checkpoint_every must be at least 1 or None, got 0": {"checkpoint_every": 0},
     "compute_dtype must name a floating torch dtype or be None, got 'half8'": {
         "compute_dtype": "half8"
     },
@@ -348,6 +353,26 @@ def test_config_is_refused(message):
     with pytest.raises(ValueError) as caught:
         replace(config(), **BAD_RUNS[message])
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        (lambda: LogConfig(every=0), "log.every must be at least 1, got 0"),
+        (lambda: CheckpointConfig(keep=0), "checkpoint.keep must be at least 1, got 0"),
+        (
+            lambda: CheckpointConfig(every=0),
+            "checkpoint.every must be at least 1 or None, got 0",
+        ),
+        (
+            lambda: ScheduleConfig(warm_up_steps=-1),
+            "warm_up_steps must be at least 0 or None, got -1",
+        ),
+    ],
+)
+def test_a_part_is_refused(part, message):
+    with pytest.raises(ValueError, match=message):
+        part()
 
 
 @pytest.mark.parametrize("field, value", [("lr", 0.0), ("lr", -1.0), ("clip_norm", 0.0)])

@@ -14,7 +14,7 @@ from fastsae import (
     SAE,
     SAES,
     LegacyStandardConfig,
-    OptimizerConfig,
+    ScheduleConfig,
     StandardConfig,
     TopKSAE,
     Trainer,
@@ -52,7 +52,7 @@ def test_a_schedule_is_saelenss(schedule, warm_up, decay, cycles):
 
 def test_the_trainer_follows_its_schedule():
     trainer = Trainer(
-        config(20, optimizer={"schedule": "cosine", "warm_up_steps": 4, "decay_steps": 0}),
+        config(20, schedule={"lr_curve": "cosine", "warm_up_steps": 4, "decay_steps": 0}),
         device="cpu",
     )
     rates = []
@@ -160,7 +160,7 @@ def test_a_start_must_fit():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"schedule": "linear"}, r"schedule must be one of .*got 'linear'"),
+        ({"lr_curve": "linear"}, r"lr_curve must be one of .*got 'linear'"),
         ({"lr_end": -1.0}, "lr_end must be at least 0"),
         ({"restart_cycles": 0}, "restart_cycles must be at least 1"),
     ],
@@ -168,7 +168,7 @@ def test_a_start_must_fit():
 @pytest.mark.usefixtures("no_type_checker")
 def test_a_wrong_option_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        OptimizerConfig(**changes)
+        ScheduleConfig(**changes)
     with pytest.raises(ValueError, match="b_dec_init must be one of"):
         config(b_dec_init="median")
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
@@ -176,7 +176,9 @@ def test_a_wrong_option_is_named(changes, message):
 
 
 def test_checkpoints_at_multiples_are_kept(tmp_path):
-    trainer = Trainer(config(60, checkpoint_every=5, keep_every=20), device="cpu", out=tmp_path)
+    trainer = Trainer(
+        config(60, checkpoint={"every": 5, "keep_every": 20}), device="cpu", out=tmp_path
+    )
     train(trainer)
     found = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step-*"))
     assert found == [20, 40, 55, 60]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.providers.sae_lens import sae_lens_config
-from fastsae import OptimizerConfig, TrainConfig, Trainer
+from fastsae import OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from sae_lens_pairs import AUXILIARY, CASES, RUN_TIME, TERMS, B, D, F, assert_close, pair, rows
 
 STEPS, LR, TOLERANCE = 20, 1e-3, 1e-3
@@ -74,7 +74,8 @@ def trainers(ours, theirs, dead_after):
         total_tokens=NEVER * B,
         batch_size=B,
         dead_window=dead_after * B,
-        optimizer=OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0, warm_up_steps=0, decay_steps=0),
+        optimizer=OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0),
+        schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
     )
     trainer = Trainer(cfg, device="cpu")
     trainer.sae.load_state_dict(ours.state_dict())

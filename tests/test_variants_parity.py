@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import SAES, OptimizerConfig, TrainConfig, Trainer
+from fastsae import SAES, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from fastsae_kernels import workspace
 from sae_lens_pairs import (
     AUXILIARY,
@@ -179,13 +179,14 @@ def test_row_adam_gives_the_weights_of_adam(case):
     trained = []
     for kind in ("row_adam", "adam"):
         torch.manual_seed(6)
-        optimizer = OptimizerConfig(kind=kind, lr=1e-3, warm_up_steps=0, decay_steps=0)
+        optimizer = OptimizerConfig(kind=kind, lr=1e-3)
         cfg = TrainConfig(
             sae=replace(config, normalize_activations="covariance_whitening"),
             total_tokens=40 * B,
             batch_size=B,
             dead_window=2 * B,
             optimizer=optimizer,
+            schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
         )
         trainer = Trainer(cfg, device="cpu")
         trainer.initialise(rows(512))
@@ -267,7 +268,8 @@ def test_transcoders_learn_and_export_takes_rows_as_they_are(architecture, kind)
         sae=config,
         total_tokens=300 * B,
         batch_size=B,
-        optimizer=OptimizerConfig(kind=kind, lr=3e-3, warm_up_steps=0, decay_steps=0),
+        optimizer=OptimizerConfig(kind=kind, lr=3e-3),
+        schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
     )
     trainer = Trainer(cfg, device="cpu")
 

@@ -4,7 +4,15 @@ from typing import Any
 
 import torch
 
-from fastsae import OptimizerConfig, StandardConfig, TopKConfig, TrainConfig
+from fastsae import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StandardConfig,
+    TopKConfig,
+    TrainConfig,
+)
 from fastsae.data.batches import ShuffledRows
 from fastsae.training.log import read_log
 
@@ -32,13 +40,16 @@ def standard_config(**changes):
 
 
 def config(steps=60, kind="row_adam", sae=None, optimizer=None, **changes: Any):
+    """optimizer, schedule, log and checkpoint are what differs in those parts."""
     values = {
         "sae": sae or topk_config(),
         "total_tokens": steps * B,
         "batch_size": B,
         "dead_window": 10 * B,
-        "log_every": 7,
         "optimizer": OptimizerConfig(**{"kind": kind, "lr": 3e-3, **(optimizer or {})}),
+        "schedule": ScheduleConfig(**changes.pop("schedule", {})),
+        "log": LogConfig(**{"every": 7, **changes.pop("log", {})}),
+        "checkpoint": CheckpointConfig(**changes.pop("checkpoint", {})),
     }
     return TrainConfig(**{**values, **changes})
 

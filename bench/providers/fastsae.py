@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.cases import Start
 from bench.providers.base import LR, Step
-from fastsae import OptimizerConfig, TopKConfig, TrainConfig, Trainer
+from fastsae import OptimizerConfig, ScheduleConfig, TopKConfig, TrainConfig, Trainer
 from fastsae_kernels import Impl
 
 
@@ -20,13 +20,14 @@ def fastsae_step(
 ) -> Step:
     case = start.case
     sae_cfg = TopKConfig(d_in=case.D, d_sae=case.F, k=case.K)
-    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0 if clip else None, warm_up_steps=0)
+    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0 if clip else None)
     trainer = Trainer(
         TrainConfig(
             sae=sae_cfg,
             total_tokens=10**6 * case.B,
             batch_size=case.B,
             optimizer=optimizer,
+            schedule=ScheduleConfig(warm_up_steps=0),
             dead_window=10**12,
         ),
         device=start.device,

@@ -23,7 +23,14 @@ from fastsae.sae_lens.evals import EvalConfig, run_evals
 from fastsae.sae_lens.hooked_sae import hooked
 from fastsae.sae_lens.wandb_log import WandbLog
 from fastsae.saes import SAE
-from fastsae.training import OptimizerConfig, TrainConfig, Trainer
+from fastsae.training import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    Trainer,
+)
 from fastsae.training.checkpoint import load_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -183,23 +190,25 @@ class LanguageModelSAETrainingRunner:
                 kind="row_adam" if row_gradients else "adam",
                 lr=cfg.lr,
                 betas=(cfg.adam_beta1, cfg.adam_beta2),
+                unit_norm_decoder=cfg.unit_norm_decoder,
+            ),
+            schedule=ScheduleConfig(
+                lr_curve=cfg.schedule,
                 warm_up_steps=cfg.lr_warm_up_steps,
                 decay_steps=cfg.lr_decay_steps,
-                schedule=cfg.schedule,
                 lr_end=cfg.lr_end,
                 restart_cycles=cfg.n_restart_cycles,
-                unit_norm_decoder=cfg.unit_norm_decoder,
+            ),
+            log=LogConfig(every=cfg.logger.wandb_log_frequency),
+            checkpoint=CheckpointConfig(
+                every=max(1, steps // (cfg.n_checkpoints + 1)) if cfg.n_checkpoints else None,
+                keep=cfg.n_checkpoints + 1,
+                at_end=cfg.save_final_checkpoint,
             ),
             compute_dtype="bfloat16" if cfg.autocast and cfg.device != "cpu" else sae.dtype,
             dead_window=cfg.dead_feature_window * cfg.train_batch_size_tokens,
             b_dec_init=cfg.b_dec_init,
             seed=cfg.seed,
-            log_every=cfg.logger.wandb_log_frequency,
-            checkpoint_every=max(1, steps // (cfg.n_checkpoints + 1))
-            if cfg.n_checkpoints
-            else None,
-            keep_checkpoints=cfg.n_checkpoints + 1,
-            checkpoint_at_end=cfg.save_final_checkpoint,
         )
 
     def _sample_size(self) -> int:

@@ -25,17 +25,7 @@ TENSORS = "trainer_state.safetensors"
 STATE = "trainer_state.json"
 SHARDS = ".metadata"
 """Of a checkpoint of several processes; see `sharded_checkpoint`, whose imports take a second."""
-FREE = (
-    "exchange",
-    "log_every",
-    "log_to",
-    "project",
-    "run_name",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "checkpoint_at_end",
-)
+FREE = ("exchange", "log", "checkpoint")
 """Fields of a run that may change when it is resumed: they do not touch its bits."""
 
 
@@ -81,9 +71,10 @@ def save_checkpoint(trainer: "Trainer") -> Path:
 
 
 def remove_old_checkpoints(folder: Path, cfg: TrainConfig) -> None:
-    """Keep the newest `keep_checkpoints` and those at multiples of `keep_every` steps."""
-    for step in checkpoint_steps(folder)[: -cfg.keep_checkpoints]:
-        if cfg.keep_every is None or step % cfg.keep_every:
+    """Keep the newest ones and those at multiples of `keep_every` steps."""
+    kept = cfg.checkpoint
+    for step in checkpoint_steps(folder)[: -kept.keep]:
+        if kept.keep_every is None or step % kept.keep_every:
             remove_checkpoint(folder, step)
 
 

@@ -19,7 +19,7 @@ Exchanged = Literal["auto", "pairs", "rows"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam and its schedule: linear warm-up, constant or cosine, linear decay to 0."""
+    """Adam, or what steps in its place."""
 
     kind: Kind = "row_adam"
     """`row_adam` is Adam and never writes the dictionary's dense gradient; `adam` is torch's fused
@@ -35,40 +35,96 @@ class OptimizerConfig:
     under 1/512 of a weight move it by chance, right on average, where `nearest` loses them."""
     clip_norm: float | None = 1.0
     """Bound on the global norm of the gradient; None: no clipping."""
-    warm_up_steps: int | None = None
-    """Steps from 0 to the peak; None: a sixteenth of the run, at most 1000."""
-    decay_steps: int | None = None
-    """Steps from the peak to 0 at the end; None: half of the run."""
-    schedule: Schedule = "constant"
-    """Between warm-up and decay; see `fastsae.training.schedule`."""
-    lr_end: float | None = None
-    """Where a cosine ends; None: a tenth of lr."""
-    restart_cycles: int = 1
-    """Cosines in a row, under `cosine_restarts`."""
     unit_norm_decoder: bool = False
     """Keep W_dec's rows at norm 1: the gradient's component along a row is taken off, and the row
     is scaled after each step."""
 
     def __post_init__(self) -> None:
-        choices = {"kind": Kind, "moments": Moments, "rounding": Rounding, "schedule": Schedule}
-        for name, known in choices.items():
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(
-                    f"{name} must be one of {list(get_args(known))}, got {getattr(self, name)!r}"
-                )
+        for name, known in {"kind": Kind, "moments": Moments, "rounding": Rounding}.items():
+            _check_choice(self, name, known)
         if self.kind != "row_adam" and (self.moments, self.rounding) != ("float32", "nearest"):
             raise ValueError(
                 "moments and rounding must be 'float32' and 'nearest' for every kind but "
                 f"'row_adam', got {self.moments!r} and {self.rounding!r} for {self.kind!r}"
             )
-        if self.lr_end is not None and self.lr_end < 0:
-            raise ValueError(f"lr_end must be at least 0 or None, got {self.lr_end}")
-        if self.restart_cycles < 1:
-            raise ValueError(f"restart_cycles must be at least 1, got {self.restart_cycles}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over a run: linear warm-up, constant or cosine, linear decay to 0."""
+
+    lr_curve: Schedule = "constant"
+    """Between warm-up and decay; see `fastsae.training.schedule`."""
+    warm_up_steps: int | None = None
+    """Steps from 0 to the peak; None: a sixteenth of the run, at most 1000."""
+    decay_steps: int | None = None
+    """Steps from the peak to 0 at the end; None: half of the run."""
+    lr_end: float | None = None
+    """Where a cosine ends; None: a tenth of lr."""
+    restart_cycles: int = 1
+    """Cosines in a row, under `cosine_restarts`."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "lr_curve", Schedule)
+        _check_counts(self, ("warm_up_steps", "decay_steps"), least=0)
+        if self.lr_end is not None and self.lr_end < 0:
+            raise ValueError(f"lr_end must be at least 0 or None, got {self.lr_end}")
+        if self.restart_cycles < 1:
+            raise ValueError(f"restart_cycles must be at least 1, got {self.restart_cycles}")
+
+    def resolved(self, steps: int, lr: float) -> "ScheduleConfig":
+        """Of a run of so many steps and a peak rate, with every None replaced by its default."""
+        warm_up, decay = self.warm_up_steps, self.decay_steps
+        return replace(
+            self,
+            lr_end=lr / 10 if self.lr_end is None else self.lr_end,
+            warm_up_steps=defaults.warm_up_steps(steps) if warm_up is None else warm_up,
+            decay_steps=defaults.decay_steps(steps) if decay is None else decay,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is told of a run; `metrics.jsonl` always is."""
+
+    every: int = 20
+    """Steps between two lines."""
+    to: tuple[Tracking, ...] = ()
+    """Where lines go besides: each comes with the extra of its name."""
+    project: str = "fastsae"
+    """The run's project there."""
+    run_name: str | None = None
+    """The run's name there; None: its folder's."""
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            if name not in get_args(Tracking):
+                raise ValueError(f"log.to must be among {list(get_args(Tracking))}, got {name!r}")
+        if self.every < 1:
+            raise ValueError(f"log.every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run is saved, and what of it is kept."""
+
+    every: int | None = None
+    """Steps between two; None: at the end only."""
+    keep: int = 2
+    """Newest ones that are kept."""
+    keep_every: int | None = None
+    """Those at multiples of so many steps are kept as well; None: no others."""
+    at_end: bool = True
+    """Whether the last step is saved too, wherever it falls."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, ("every", "keep_every"), prefix="checkpoint.")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +140,9 @@ class TrainConfig:
     """Tokens whose gradient is computed at once, where a whole batch takes too much memory; the
     gradient is the batch's (BatchTopK selects within each part). None: the batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     exchange: Exchanged = "auto"
     """What processes that have parts of a batch send each other: the active `pairs` and the rows
     they refer to, or dense gradients by `rows` of the dictionary, of whose moments each process
@@ -100,41 +159,18 @@ class TrainConfig:
     learning rate's decay; None: never, AuxK revives them."""
     seed: int = 0
     """Of the initial weights and of the order of the rows."""
-    log_every: int = 20
-    """Steps between two lines of the log."""
-    log_to: tuple[Tracking, ...] = ()
-    """Where the log goes besides `metrics.jsonl`: each comes with the extra of its name."""
-    project: str = "fastsae"
-    """The run's project there."""
-    run_name: str | None = None
-    """The run's name there; None: its folder's."""
-    checkpoint_every: int | None = None
-    """Steps between two checkpoints; None: at the end only."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
-    checkpoint_at_end: bool = True
-    """Whether the last step is saved too, wherever it falls."""
-    keep_every: int | None = None
-    """Checkpoints at multiples of so many steps are kept as well; None: no others."""
 
     def __post_init__(self) -> None:
         self.sae.check_trainable()
         if self.b_dec_init not in CENTRES:
             raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
-        if self.exchange not in get_args(Exchanged):
-            raise ValueError(
-                f"exchange must be one of {list(get_args(Exchanged))}, got {self.exchange!r}"
-            )
+        _check_choice(self, "exchange", Exchanged)
         if self.exchange == "rows" and self.optimizer.kind != "row_adam":
             raise ValueError(
                 f"exchange must be 'auto' or 'pairs' for kind {self.optimizer.kind!r}, got 'rows'"
             )
-        for name in self.log_to:
-            if name not in get_args(Tracking):
-                raise ValueError(f"log_to must be among {list(get_args(Tracking))}, got {name!r}")
-        for name in ("total_tokens", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.total_tokens < 1:
+            raise ValueError(f"total_tokens must be at least 1, got {self.total_tokens}")
         if self.compute_dtype is not None:
             dtype = getattr(torch, self.compute_dtype, None)
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -142,17 +178,7 @@ class TrainConfig:
                     f"compute_dtype must name a floating torch dtype or be None, "
                     f"got {self.compute_dtype!r}"
                 )
-        for name in (
-            "batch_size",
-            "micro_batch_size",
-            "dead_window",
-            "checkpoint_every",
-            "keep_every",
-            "resample_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        _check_counts(self, ("batch_size", "micro_batch_size", "dead_window", "resample_every"))
 
     def resolved(self, device: torch.device) -> "TrainConfig":
         """The same run with every None replaced by its default."""
@@ -160,19 +186,13 @@ class TrainConfig:
         steps = max(1, self.total_tokens // batch_size)
         optimizer = self.optimizer
         lr = optimizer.lr or defaults.learning_rate(self.sae.d_sae, optimizer.kind)
-        warm_up, decay = optimizer.warm_up_steps, optimizer.decay_steps
         return replace(
             self,
             batch_size=batch_size,
             compute_dtype=self.compute_dtype or defaults.compute_dtype(device, self.sae.dtype),
             dead_window=self.dead_window or defaults.dead_window(self.total_tokens),
-            optimizer=replace(
-                optimizer,
-                lr=lr,
-                lr_end=lr / 10 if optimizer.lr_end is None else optimizer.lr_end,
-                warm_up_steps=defaults.warm_up_steps(steps) if warm_up is None else warm_up,
-                decay_steps=defaults.decay_steps(steps) if decay is None else decay,
-            ),
+            optimizer=replace(optimizer, lr=lr),
+            schedule=self.schedule.resolved(steps, lr),
         )
 
     @property
@@ -180,3 +200,16 @@ class TrainConfig:
         if self.batch_size is None:
             raise ValueError("batch_size must be resolved before total_steps is known, got None")
         return max(1, self.total_tokens // self.batch_size)
+
+
+def _check_choice(cfg: object, name: str, known: object) -> None:
+    value = getattr(cfg, name)
+    if value not in get_args(known):
+        raise ValueError(f"{name} must be one of {list(get_args(known))}, got {value!r}")
+
+
+def _check_counts(cfg: object, names: tuple[str, ...], least: int = 1, prefix: str = "") -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and value < least:
+            raise ValueError(f"{prefix}{name} must be at least {least} or None, got {value}")

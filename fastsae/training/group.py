@@ -1,6 +1,7 @@
 """Several SAEs side by side, from one stream of batches."""
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastsae.training.loop import fit_together
 from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.trainer import Batch, Sample, Trainer
 
-SHARED = ("total_tokens", "batch_size", "checkpoint_every")
+SHARED = ("total_tokens", "batch_size", "checkpoint.every")
 """What the runs of a group must agree on: they draw the same batches and are saved together."""
 
 
@@ -25,7 +26,7 @@ class TrainerGroup:
     itself), and ends with the bits that it would have if it were trained alone on those batches.
 
     Args:
-        cfgs: a run for each name; total_tokens, batch_size and checkpoint_every must agree.
+        cfgs: a run for each name; total_tokens, batch_size and checkpoint.every must agree.
         device: `auto`, or where to compute.
         out: folder of the runs' folders; None: nothing is written.
         starts: trained SAEs that some of the runs start from, by name.
@@ -62,7 +63,7 @@ class TrainerGroup:
         first, *others = self.trainers.items()
         for field in SHARED:
             for name, trainer in others:
-                wanted, got = getattr(first[1].cfg, field), getattr(trainer.cfg, field)
+                wanted, got = map(attrgetter(field), (first[1].cfg, trainer.cfg))
                 if got != wanted:
                     raise ValueError(
                         f"{field} must be one for all runs of a group, "

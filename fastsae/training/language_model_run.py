@@ -19,7 +19,7 @@ from fastsae.files import write_json
 from fastsae.interop.formats import load_sae
 from fastsae.saes import SAE, SAES, SAEConfig
 from fastsae.training import defaults
-from fastsae.training.config import TrainConfig
+from fastsae.training.config import CheckpointConfig, LogConfig, TrainConfig
 from fastsae.training.group import TrainerGroup
 from fastsae.training.interruption import Interrupted, stop_requested
 from fastsae.training.memory import MemoryPlan, explained
@@ -281,12 +281,13 @@ def _config(
         batch_size=run.batch_size,
         micro_batch_size=run.micro_batch_size,
         optimizer=one.optimizer,
+        schedule=one.schedule,
         b_dec_init=one.b_dec_init,
-        keep_every=run.keep_every,
+        checkpoint=CheckpointConfig(keep_every=run.keep_every),
         resample_every=one.resample_every,
         exchange=run.exchange,
-        log_to=run.log_to,
-        project=run.project,
+        log=LogConfig(to=run.log_to, project=run.project),
         seed=one.seed,
     ).resolved(resolve_device(run.device))
-    return replace(cfg, checkpoint_every=max(1, cfg.total_steps // run.checkpoints))
+    every = max(1, cfg.total_steps // run.checkpoints)
+    return replace(cfg, checkpoint=replace(cfg.checkpoint, every=every))

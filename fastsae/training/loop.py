@@ -67,7 +67,7 @@ def fit_together(
                 where = ", ".join(str(path) for path in save_together(trainers.values()))
                 settle(trainers.values())
                 raise Interrupted(f"stopped after step {one.steps_done}, saved in {where}")
-        if one.out is not None and one.cfg.checkpoint_at_end:
+        if one.out is not None and one.cfg.checkpoint.at_end:
             save_together(trainers.values())
         settle(trainers.values())
 
@@ -84,7 +84,7 @@ def settle(trainers: Iterable[Trainer]) -> None:
 
 
 def save_together(trainers: Iterable[Trainer]) -> list[Path]:
-    """A checkpoint of each; then older ones beyond `keep_checkpoints` are removed."""
+    """A checkpoint of each; then older ones than are kept are removed."""
     trainers = list(trainers)
     settle(trainers)
     saved = [(trainer, save_checkpoint(trainer)) for trainer in trainers]

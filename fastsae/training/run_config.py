@@ -9,7 +9,7 @@ from fastsae.distributed.mesh import TIMEOUT_SECONDS
 from fastsae.saes import SAES
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training.centre import Centre
-from fastsae.training.config import Exchanged, OptimizerConfig, Tracking
+from fastsae.training.config import Exchanged, OptimizerConfig, ScheduleConfig, Tracking
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 
 Distribution = Literal["split", "layers"]
@@ -68,6 +68,7 @@ class LanguageModelRun:
     micro_batch_size: int | None = None
     """Tokens whose gradient is computed at once, to spare memory; None: the batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
     finetune_from: str | None = None
@@ -88,8 +89,8 @@ class LanguageModelRun:
     """The run's project there."""
     also: tuple[dict[str, Any], ...] = ()
     """Further SAEs, trained side by side on the same batches: for each what differs, such as
-    "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE and the optimizer.
-    Each has its folder."""
+    "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE, the optimizer and
+    the schedule. Each has its folder."""
     dp: int = 1
     """Processes among which each batch is split, of those that torchrun starts."""
     tp: int = 1

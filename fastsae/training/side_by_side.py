@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fastsae.saes import SAES
-from fastsae.training.config import OptimizerConfig
+from fastsae.training.config import OptimizerConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from fastsae.training.run_config import LanguageModelRun
@@ -60,19 +60,21 @@ def _changed(run: LanguageModelRun, changes: dict[str, Any]) -> LanguageModelRun
     variant = own.get("variant", run.variant)
     if variant not in SAES:
         raise ValueError(f"variant must be one of {sorted(SAES)}, got {variant!r}")
-    of_optimizer = [f.name for f in fields(OptimizerConfig)]
+    of_optimizer, of_schedule = (
+        [f.name for f in fields(part)] for part in (OptimizerConfig, ScheduleConfig)
+    )
     of_sae = [f.name for f in fields(SAES[variant].config_class) if f.name not in SET_BY_THE_RUN]
+    known = [*OWN, *of_optimizer, *of_schedule, *of_sae]
     for key in changes:
-        if key not in (*OWN, *of_optimizer, *of_sae):
-            raise ValueError(
-                f"also must hold fields among {[*OWN, *of_optimizer, *of_sae]}, got {key!r}"
-            )
-    optimizer = {key: value for key, value in changes.items() if key in of_optimizer}
+        if key not in known:
+            raise ValueError(f"also must hold fields among {known}, got {key!r}")
+    changed = lambda names: {key: value for key, value in changes.items() if key in names}
     kept = run.sae if variant == run.variant else {"d_sae": run.sae.get("d_sae")}
     return replace(
         run,
         **own,
-        sae={**kept, **{key: value for key, value in changes.items() if key in of_sae}},
-        optimizer=replace(run.optimizer, **optimizer),
+        sae={**kept, **changed(of_sae)},
+        optimizer=replace(run.optimizer, **changed(of_optimizer)),
+        schedule=replace(run.schedule, **changed(of_schedule)),
         also=(),
     )

@@ -119,16 +119,16 @@ def check_installed(log_to: Iterable[Tracking]) -> None:
 
 @contextmanager
 def trackers_of(cfg: TrainConfig, out: Path | None, steps_done: int) -> Iterator[list[Tracker]]:
-    """The trackers that `cfg.log_to` names, open inside the context.
+    """The trackers that `cfg.log.to` names, open inside the context.
 
     Raises:
         ImportError: a tracker is not installed; the extra is named.
     """
     name = out.resolve().name if out is not None else cfg.sae.architecture
-    run = Run(cfg.project, cfg.run_name or name, asdict(cfg), out, steps_done)
+    run = Run(cfg.log.project, cfg.log.run_name or name, asdict(cfg), out, steps_done)
     with ExitStack() as stack:
         opened: list[Tracker] = []
-        for chosen in cfg.log_to:
+        for chosen in cfg.log.to:
             tracker = TRACKERS[chosen](run)
             stack.callback(tracker.close)
             opened.append(tracker)

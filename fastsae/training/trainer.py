@@ -222,15 +222,15 @@ class Trainer:
                 "target must be given for transcoders and for nothing else, got "
                 f"{given} for the architecture {self.cfg.sae.architecture!r}"
             )
-        cfg = self.cfg.optimizer
+        schedule = self.cfg.schedule
         factor = lr_factor(
             self.steps_done,
             self.cfg.total_steps,
-            cfg.warm_up_steps or 0,
-            cfg.decay_steps or 0,
-            cfg.schedule,
-            (cfg.lr_end or 0.0) / self.lr,
-            cfg.restart_cycles,
+            schedule.warm_up_steps or 0,
+            schedule.decay_steps or 0,
+            schedule.lr_curve,
+            (schedule.lr_end or 0.0) / self.lr,
+            schedule.restart_cycles,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
@@ -240,9 +240,10 @@ class Trainer:
         counts = self.mesh.sum(loss.counts.long(), "dp")
         self.dead.update(counts, len(x) * self.mesh.dp)
         self.optimizer.combine()
-        if cfg.clip_norm is not None:
+        clip_norm = self.cfg.optimizer.clip_norm
+        if clip_norm is not None:
             norm = self.optimizer.gradient_norm()
-            self.optimizer.scale_gradient((cfg.clip_norm / (norm + 1e-6)).clamp_max(1.0))
+            self.optimizer.scale_gradient((clip_norm / (norm + 1e-6)).clamp_max(1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
@@ -257,7 +258,7 @@ class Trainer:
         return self.mesh.gather(rows.to(self.device), "tp").flatten(0, 1)
 
     def _resample(self, loss: SAELoss) -> None:
-        every, decay = self.cfg.resample_every, self.cfg.optimizer.decay_steps or 0
+        every, decay = self.cfg.resample_every, self.cfg.schedule.decay_steps or 0
         if (
             every
             and self.steps_done % every == 0
@@ -319,7 +320,7 @@ class Trainer:
         return fired / max(1, self.dead.tokens)
 
     def save(self) -> Path:
-        """Write a checkpoint; older ones beyond `keep_checkpoints` are removed.
+        """Write a checkpoint; older ones than are kept are removed.
 
         Several processes write behind the training: it is there after `settle`.
         """
@@ -343,10 +344,10 @@ class Trainer:
             self.saves.wait()
 
     def is_logged(self, step: int) -> bool:
-        return step % self.cfg.log_every == 0 or step in (1, self.cfg.total_steps)
+        return step % self.cfg.log.every == 0 or step in (1, self.cfg.total_steps)
 
     def is_saved(self, step: int) -> bool:
-        every = self.cfg.checkpoint_every
+        every = self.cfg.checkpoint.every
         return self.out is not None and every is not None and step % every == 0
 
     def check_loss(self) -> None:
