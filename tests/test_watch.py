@@ -12,7 +12,9 @@ LOST = RuntimeError("Connection closed by peer [127.0.0.1]:1")
 
 @pytest.fixture
 def store(monkeypatch):
-    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    kept = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(kept.port))
     monkeypatch.setattr(watch, "SILENT_SECONDS", 0.6)

@@ -217,7 +217,7 @@ class Mesh:
             raise outcome[1]
         return outcome[0]
 
-    def each(self, work: Callable[[], T]) -> list[T]:
+    def each(self, work: Callable[[], Any]) -> list[Any]:
         """Everyone does its own; all get what each one's returned, or the first exception."""
         if self.size == 1:
             return [work()]
@@ -278,7 +278,7 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def run_store(timeout: timedelta) -> dist.Store:
+def run_store(timeout: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """A connection to the store of torchrun's processes, for those of this attempt.
 
     torchrun keeps the store when it starts processes again: what the ones before wrote there,
