@@ -31,7 +31,8 @@ PROVIDERS: dict[str, Provider] = {
         "dictionary_learning",
         "pip install --no-deps dictionary-learning==0.1.0 nnsight==0.3.7",
     ),
-    "flex-sae": Provider(flex_sae_step, "kernels", "pip install kernels"),
+    # Not `kernels`, which is a folder of this repository too.
+    "flex-sae": Provider(flex_sae_step, "kernels.utils", "pip install kernels"),
 }
 PEERS = ["fastsae", "sae-lens", "sae-lens-accelerated", "sparsify", "dictionary-learning"]
 """What `--peers` compares: libraries, each as its users run it."""

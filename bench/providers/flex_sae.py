@@ -12,7 +12,7 @@ def flex_sae_step(start: Start) -> Step:
 
     It takes K that are powers of two and D that are multiples of 256.
     """
-    from kernels import get_kernel  # pyright: ignore[reportMissingImports]
+    from kernels import get_kernel  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
     mean_over_all = get_kernel("t-tech/flex-sae").triton_topk_sae_loss
 
