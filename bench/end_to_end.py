@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.providers.base import quiet
+from bench.providers.sparsify import without_its_kernels
 from bench.record import append
 from fastsae import SAE, TopKConfig, TrainConfig, Trainer
 from fastsae.data import (
@@ -208,6 +209,7 @@ def _sae_lens_at(job: Job, layer: int, clock: Clock) -> SAE:
 
 def run_sparsify(job: Job, clock: Clock) -> list[SAE]:
     """Its trainer, which takes all layers in one run."""
+    without_its_kernels()
     from datasets import Dataset
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
@@ -285,13 +287,15 @@ def measure(job: Job, methods: list[str]) -> list[Row]:
         try:
             with quiet():
                 saes = METHODS[name](job, clock)
-        except ImportError as failure:
-            found.append(row | {"failed": f"not installed: {failure}"})
+        except Exception as failure:
+            kind = "not installed" if isinstance(failure, ImportError) else type(failure).__name__
+            found.append(row | {"failed": f"{kind}: {str(failure).splitlines()[0][:200]}"})
+            print(found[-1], flush=True)
             continue
         seconds = clock.seconds
         row |= {"seconds": round(seconds, 2), "tokens_per_second": round(job.tokens / seconds, 1)}
         row |= scores(job, saes)
-        row["over_fastsae"] = round(seconds / found[0]["seconds"], 3) if found else 1.0
+        row["over_fastsae"] = round(seconds / found[0].get("seconds", seconds), 3) if found else 1.0
         if name == "fastsae":
             ours = clock
             row |= {key: round(value, 2) for key, value in halves.items()}
@@ -314,7 +318,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--held-out", type=int, default=8192, help="tokens")
+    parser.add_argument("--held-out", type=int, default=4096, help="tokens")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args(arguments)
     job = prepare(args.layers, args.tokens, args.d_sae, args.k, args.held_out)

@@ -207,7 +207,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         case = find_case(args.case)
-        case = replace(case, B=args.batch_size or case.B)
+        if args.batch_size is not None:
+            case = replace(case, B=args.batch_size, name=f"{case.name}-b{args.batch_size}")
         run = functools.partial(times, skewed=args.usage == "skewed", device=args.device)
         peers = GPU_PEERS if args.device == "cuda" else PEERS
         providers = peers if args.peers else args.providers

@@ -9,11 +9,16 @@ from bench.cases import Start
 from bench.providers.base import LR, Step, quiet
 
 
+def without_its_kernels() -> None:
+    """Before it is imported where there is no GPU: it takes an installed triton for one."""
+    if not torch.cuda.is_available():
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+
+
 def sparsify_step(start: Start) -> Step:
     """sparsify's SparseCoder in the order of its trainer, with the Adam it takes on a CPU."""
     with quiet():
-        if not torch.cuda.is_available():
-            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # an installed triton is not a GPU
+        without_its_kernels()
         from sparsify import SparseCoder, SparseCoderConfig
 
         case = start.case
