@@ -16,6 +16,7 @@ from fastsae.data import (
     Text,
     capture,
     harvest,
+    harvest_all,
     load_language_model,
     resid_hook_name,
     resolve_hook,
@@ -97,6 +98,18 @@ def test_batches_do_not_matter(lm: LanguageModel, hook, tokens, harvested, batch
     torch.testing.assert_close(other.rows, harvested.rows)
     assert torch.equal(harvested_where(other), harvested_where(harvested))
     assert other.median_norm == pytest.approx(harvested.median_norm, rel=1e-6)
+
+
+def test_several_hooks_share_a_pass_and_nothing_else(lm: LanguageModel, hook, tokens: Tensor):
+    other = resolve_hook(lm, "blocks.1.hook_mlp_out")
+    options = {"massive_multiple": 1.1, "batch_contexts": 7}
+    together = harvest_all(lm, [hook, other], tokens, **options)
+    alone = [harvest(lm, one, tokens, **options) for one in (hook, other)]
+    assert len(together[0].rows) != len(together[1].rows)
+    for both, one in zip(together, alone, strict=True):
+        for name in ("rows", "context_of", "position_of", "excluded"):
+            assert torch.equal(getattr(both, name), getattr(one, name)), name
+        assert (both.row_filter, both.n_massive) == (one.row_filter, one.n_massive)
 
 
 def test_later_contexts_do_not_move_the_median(lm: LanguageModel, hook):
