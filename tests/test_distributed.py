@@ -337,8 +337,23 @@ class TestRules:
         run = LanguageModelRun(out=tmp_path / "out", dp=2, tp=2, device="cpu")
         with pytest.raises(ValueError, match="torchrun --nproc-per-node 4 -m fastsae train"):
             train_on_language_model(run)
-        with pytest.raises(ValueError, match="dp and tp must be 1 with distribute 'layers'"):
+        with pytest.raises(ValueError, match="dp must be None with distribute 'layers', got 2"):
             LanguageModelRun(out=tmp_path, dp=2, distribute="layers")
+
+    @pytest.mark.parametrize(
+        ("given", "processes", "shape"),
+        [
+            ({}, (1, 1), (1, 1)),
+            ({}, (8, 8), (1, 8)),
+            ({}, (16, 8), (2, 8)),
+            ({"dp": 4}, (8, 8), (4, 2)),
+            ({"tp": 2}, (8, 8), (4, 2)),
+            ({"stream": True, "model_ranks": 2}, (8, 8), (1, 6)),
+            ({"stream": True, "model_ranks": 2, "dp": 3}, (8, 8), (3, 2)),
+        ],
+    )
+    def test_a_dictionary_is_split_inside_a_machine(self, tmp_path, given, processes, shape):
+        assert LanguageModelRun(out=tmp_path, **given).mesh_shape(*processes) == shape
 
     def test_ranges_cover_everything_once(self):
         for n, parts in ((10, 3), (7, 7), (128, 4), (90, 4)):

@@ -144,8 +144,8 @@ def test_what_is_wrong_with_the_model_is_said_by_all(run, tmp_path):
 def test_bad_numbers_of_processes_are_refused(run):
     with pytest.raises(ValueError, match="model_ranks must be 0 without stream, got 1"):
         replace(run, stream=False, model_ranks=1)
-    with pytest.raises(ValueError, match="model_ranks must be at most dp \\* tp"):
-        replace(run, model_ranks=2)
+    with pytest.raises(ValueError, match="model_ranks must be at least 0"):
+        replace(run, model_ranks=-1)
     with pytest.raises(ValueError, match="0 with distribute 'layers', got 1"):
         replace(run, model_ranks=1, distribute="layers")
     with pytest.raises(ValueError, match=r"got 1 \* 1 \+ 1 and 1 processes"):

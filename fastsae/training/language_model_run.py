@@ -1,5 +1,6 @@
 """The main job: a language model's activations -> SAEs, evaluated and saved."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -226,15 +227,20 @@ def _mesh(run: LanguageModelRun, world: Mesh, device: torch.device) -> Mesh:
     """The processes that train an SAE together."""
     if run.distribute == "layers":
         return Mesh(device=device)
-    wanted = run.dp * run.tp + run.model_ranks
+    dp, tp = run.mesh_shape(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    wanted = dp * tp + run.model_ranks
     if wanted != world.size:
         raise ValueError(
-            f"dp * tp + model_ranks must be the number of processes, got {run.dp} * {run.tp} + "
+            f"dp * tp + model_ranks must be the number of processes, got {dp} * {tp} + "
             f"{run.model_ranks} and {world.size} processes; start with: torchrun --nproc-per-node "
             f"{wanted} -m fastsae train ..."
         )
-    timeout = timedelta(seconds=run.timeout_seconds)
-    return Mesh(run.dp, run.tp, device, run.model_ranks, timeout)
+    if run.model_ranks > dp * tp:
+        raise ValueError(
+            f"model_ranks must be at most dp * tp, got {run.model_ranks} for {dp} * {tp}: each "
+            "serves one process that trains, or several"
+        )
+    return Mesh(dp, tp, device, run.model_ranks, timedelta(seconds=run.timeout_seconds))
 
 
 def _source(

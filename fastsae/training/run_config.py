@@ -91,16 +91,17 @@ class LanguageModelRun:
     """Further SAEs, trained side by side on the same batches: for each what differs, such as
     "k=16 layer=8", among variant, layer, hook, seed and the fields of the SAE, the optimizer and
     the schedule. Each has its folder."""
-    dp: int = 1
-    """Processes among which each batch is split, of those that torchrun starts."""
-    tp: int = 1
-    """Processes among which the dictionary is split, by latent; dp * tp processes in all."""
+    dp: int | None = None
+    """Parts of each batch, on as many processes; None: what `tp` leaves, a part a machine."""
+    tp: int | None = None
+    """Shards of the dictionary, by latent; dp * tp processes that torchrun starts. None: what `dp`
+    leaves, or those of a machine, whose traffic does not grow with the dictionary."""
     exchange: Exchanged = "auto"
     """What processes that have parts of a batch send each other: `pairs`, dense `rows` of the
     gradient, or the fewer bytes."""
     distribute: Distribution = "split"
     """What several processes share: each SAE (`split`, by dp and tp), or the list of SAEs
-    (`layers`): then every process trains some of those in `also` whole, and dp and tp stay 1."""
+    (`layers`): then every process trains some of those in `also` whole, and dp and tp are None."""
     model_ranks: int = 0
     """Further processes, the last of those that torchrun starts, that run the model of a `stream`
     for the others, which then do not load it: dp * tp + model_ranks processes in all."""
@@ -129,10 +130,11 @@ class LanguageModelRun:
             raise ValueError(
                 f"distribute must be one of {list(get_args(Distribution))}, got {self.distribute!r}"
             )
-        if self.distribute == "layers" and (self.dp, self.tp) != (1, 1):
-            raise ValueError(
-                f"dp and tp must be 1 with distribute 'layers', got {self.dp} and {self.tp}"
-            )
+        for name in ("dp", "tp"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or self.distribute == "layers"):
+                least = "None with distribute 'layers'" if value > 0 else "at least 1 or None"
+                raise ValueError(f"{name} must be {least}, got {value}")
         if self.activations is not None:
             for f in fields(LanguageModelRun):
                 if f.name in FROM_SHARDS and getattr(self, f.name) != f.default:
@@ -142,11 +144,9 @@ class LanguageModelRun:
                     )
         if self.model_ranks and not self.stream:
             raise ValueError(f"model_ranks must be 0 without stream, got {self.model_ranks}")
-        if not 0 <= self.model_ranks <= self.dp * self.tp or (
-            self.model_ranks and self.distribute == "layers"
-        ):
+        if self.model_ranks < 0 or (self.model_ranks and self.distribute == "layers"):
             raise ValueError(
-                "model_ranks must be at most dp * tp, and 0 with distribute 'layers', got "
+                "model_ranks must be at least 0, and 0 with distribute 'layers', got "
                 f"{self.model_ranks}"
             )
         if self.stream and self.harvest_tokens is not None:
@@ -163,3 +163,14 @@ class LanguageModelRun:
                     f"got {name!r}"
                 )
         runs_of(self)
+
+    def mesh_shape(self, n_processes: int, of_a_machine: int) -> tuple[int, int]:
+        """dp and tp of a run by so many processes; what is not given takes what is left."""
+        training = max(1, n_processes - self.model_ranks)
+        if self.tp is not None:
+            tp = self.tp
+        elif self.dp is not None:
+            tp = max(1, training // self.dp)
+        else:
+            tp = min(training, of_a_machine)
+        return (max(1, training // tp) if self.dp is None else self.dp), tp
