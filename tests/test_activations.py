@@ -224,4 +224,4 @@ def test_bad_argument_is_refused(lm: LanguageModel, hook, tokens: Tensor, change
 
 def test_float_tokens_are_refused(lm: LanguageModel, hook, tokens: Tensor):
     with pytest.raises(TypeError, match="^tokens must be integers, got torch.float32"):
-        inspect.unwrap(harvest)(lm, hook, tokens.float())
+        inspect.unwrap(harvest_all)(lm, [hook], tokens.float())
