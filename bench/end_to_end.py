@@ -15,9 +15,8 @@ forward pass up to the last layer or training on rows in memory.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.clock import Clock, held_out_fvu, seconds_to
 from bench.providers.base import quiet
 from bench.providers.sparsify import without_its_kernels
 from bench.record import append
@@ -53,7 +53,6 @@ MODEL_CONTEXTS = 16
 """Contexts of one forward pass."""
 LOOKS = 12
 """Evaluations of the held-out FVU over a run."""
-LOOK_ROWS = 4096
 Row = dict[str, Any]
 
 
@@ -82,30 +81,6 @@ class Job:
         return TrainConfig(sae=sae, total_tokens=self.tokens, batch_size=BATCH)
 
 
-@dataclass
-class Clock:
-    """Seconds of a run without its evaluations, and what they found."""
-
-    paused: float = 0.0
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds and mean held-out FVU."""
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started - self.paused
-
-    @contextmanager
-    def stopped(self) -> Iterator[float]:
-        """The clock stands; gives what it shows."""
-        shown = self.seconds
-        yield shown
-        self.paused += self.seconds - shown
-
-    def seconds_to(self, fvu: float) -> float | None:
-        return next((seconds for seconds, value in self.curve if value <= fvu), None)
-
-
 def prepare(layers: list[int], tokens: int, d_sae: int, k: int, held_out: int) -> Job:
     lm = load_language_model()
     hooks = [resolve_hook(lm, resid_hook_name(layer)) for layer in layers]
@@ -117,10 +92,10 @@ def prepare(layers: list[int], tokens: int, d_sae: int, k: int, held_out: int) -
     return Job(lm, layers, hooks, contexts, unseen, d_sae, k)
 
 
-@torch.no_grad()
-def held_out_fvu(sae: SAE, rows: Tensor) -> float:
-    x = rows[:LOOK_ROWS]
-    return float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+def mean_fvu(job: Job, saes: Iterable[SAE]) -> float:
+    """Over the layers, on held-out rows."""
+    pairs = zip(saes, job.held_out, strict=True)
+    return mean(held_out_fvu(sae, held_out.rows) for sae, held_out in pairs)
 
 
 def run_fastsae(job: Job, clock: Clock) -> list[SAE]:
@@ -132,10 +107,9 @@ def run_fastsae(job: Job, clock: Clock) -> list[SAE]:
     every = max(1, group.total_steps // LOOKS)
 
     def look() -> None:
-        with clock.stopped() as seconds:
+        with clock.stopped():
             saes = [trainer.export() for trainer in group.trainers.values()]
-            pairs = zip(saes, job.held_out, strict=True)
-            clock.curve.append((seconds, mean(held_out_fvu(s, held.rows) for s, held in pairs)))
+            clock.curve.append((clock.seconds, mean_fvu(job, saes)))
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for step in range(group.total_steps):
@@ -286,7 +260,9 @@ def measure(job: Job, methods: list[str]) -> list[Row]:
         clock = Clock()
         try:
             with quiet():
+                clock.start()
                 saes = METHODS[name](job, clock)
+                clock.stop()
         except Exception as failure:
             kind = "not installed" if isinstance(failure, ImportError) else type(failure).__name__
             found.append(row | {"failed": f"{kind}: {str(failure).splitlines()[0][:200]}"})
@@ -295,15 +271,15 @@ def measure(job: Job, methods: list[str]) -> list[Row]:
         seconds = clock.seconds
         row |= {"seconds": round(seconds, 2), "tokens_per_second": round(job.tokens / seconds, 1)}
         row |= scores(job, saes)
-        row["over_fastsae"] = round(seconds / found[0].get("seconds", seconds), 3) if found else 1.0
         if name == "fastsae":
             ours = clock
             row |= {key: round(value, 2) for key, value in halves.items()}
             row["fraction"] = round(max(halves.values()) / seconds, 3)
         elif ours is not None:
-            ends = mean(held_out_fvu(s, h.rows) for s, h in zip(saes, job.held_out, strict=True))
-            reached = ours.seconds_to(ends)
+            reached = seconds_to(ours.curve, mean_fvu(job, saes))
             row["to_its_fvu"] = None if reached is None else round(reached, 2)
+        if ours is not None:
+            row["over_fastsae"] = round(seconds / ours.seconds, 3)
         found.append(row)
         print(row, flush=True)
     return found

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.cases import SAMPLE
+from bench.clock import Clock, held_out_fvu, seconds_to
 from bench.providers.base import quiet
 from bench.providers.sae_lens import sae_lens_config
 from bench.record import RESULTS, append
@@ -47,7 +47,6 @@ from fastsae.training.scaling import AverageNorm
 FILE = "quality"
 CURVE_STEPS = 25
 """Evaluations of the held-out FVU over a run."""
-CURVE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -70,30 +69,19 @@ class Data:
 
 
 @dataclass
-class Clock:
+class Watch(Clock):
     """Training seconds, and the held-out FVU on the way."""
 
-    held_out: Tensor
-    every: int
-    seconds: float = 0.0
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    _started: float = 0.0
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds += time.perf_counter() - self._started
+    held_out: Tensor = field(kw_only=True)
+    every: int = 1
 
     def look(self, step: int, forward: Callable[[Tensor], Tensor]) -> None:
         if step and step % self.every == 0:
             self.measure(forward)
 
-    @torch.no_grad()
     def measure(self, forward: Callable[[Tensor], Tensor]) -> None:
-        x = self.held_out[:CURVE_ROWS]
-        error = (forward(x) - x).square().sum() / (x - x.mean(0)).square().sum()
-        self.curve.append((round(self.seconds, 2), round(float(error), 5)))
+        fvu = held_out_fvu(forward, self.held_out)
+        self.curve.append((round(self.seconds, 2), round(fvu, 5)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,7 @@ class Outcome:
     never_fired: float
 
 
-def train_fastsae(setting: Setting, data: Data, seed: int, clock: Clock) -> Outcome:
+def train_fastsae(setting: Setting, data: Data, seed: int, clock: Watch) -> Outcome:
     sae_cfg = TopKConfig(
         d_in=data.train.shape[1],
         d_sae=setting.d_sae,
@@ -136,7 +124,7 @@ def train_sae_lens(
     setting: Setting,
     data: Data,
     seed: int,
-    clock: Clock,
+    clock: Watch,
     *,
     batch_size: int,
     lr: float,
@@ -182,17 +170,17 @@ def train_sae_lens(
     return Outcome(found, float((trainer.act_freq_scores == 0).float().mean()))
 
 
-def sae_lens_default(setting: Setting, data: Data, seed: int, clock: Clock) -> Outcome:
+def sae_lens_default(setting: Setting, data: Data, seed: int, clock: Watch) -> Outcome:
     options = {"batch_size": 4096, "lr": 3e-4, "scaled": False, "dead_window": 1000}
     return train_sae_lens(setting, data, seed, clock, **options)
 
 
-def sae_lens_tuned(setting: Setting, data: Data, seed: int, clock: Clock) -> Outcome:
+def sae_lens_tuned(setting: Setting, data: Data, seed: int, clock: Watch) -> Outcome:
     options = {"batch_size": 1024, "lr": 1e-3, "scaled": True, "dead_window": 200}
     return train_sae_lens(setting, data, seed, clock, **options)
 
 
-METHODS: dict[str, Callable[[Setting, Data, int, Clock], Outcome]] = {
+METHODS: dict[str, Callable[[Setting, Data, int, Watch], Outcome]] = {
     "fastsae": train_fastsae,
     "sae-lens-tuned": sae_lens_tuned,
     "sae-lens": sae_lens_default,
@@ -244,11 +232,6 @@ def score(outcome: Outcome, data: Data, lm: LanguageModel, hook: HookPoint) -> d
         "ce_clean": ce.ce_clean,
         "never_fired": outcome.never_fired,
     }
-
-
-def seconds_to(curve: list[list[float]], fvu: float) -> float | None:
-    """Training seconds after which the curve is at or under `fvu`."""
-    return next((seconds for seconds, value in curve if value <= fvu), None)
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -321,7 +304,7 @@ def main() -> None:
                 done = {(r["method"], r["seed"]) for r in saved_rows(setting)}
                 if (method, seed) in done:
                     continue
-                clock = Clock(data.held_out, every=1)
+                clock = Watch(held_out=data.held_out)
                 outcome = METHODS[method](setting, data, seed, clock)
                 scores = score(outcome, data, lm, hook)
                 clock.measure(outcome.sae)

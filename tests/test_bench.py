@@ -6,15 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import (
+    end_to_end,
     ops,
     pipeline,
-    quality,
     record,
     report,
     roofline,
@@ -22,11 +23,14 @@ from bench import (
     train_step,
 )
 from bench.cases import SAMPLE, Case, Start, find_case, real_rows, rows
+from bench.clock import Clock, seconds_to
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report import plots
 from bench.report.page import pipeline_lines
 from bench.report.rows import committed
+from fastsae.data import harvest_all, resolve_hook
+from tiny_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", 12, 16, 64, 2)
@@ -266,9 +270,44 @@ def test_rows_carry_the_hardware_and_versions(tmp_path, monkeypatch):
 
 
 def test_time_to_a_figure_is_the_first_point_at_or_under_it():
-    curve = [[1.0, 0.5], [2.0, 0.3], [3.0, 0.2]]
-    assert quality.seconds_to(curve, 0.3) == 2.0
-    assert quality.seconds_to(curve, 0.1) is None
+    curve = [(1.0, 0.5), (2.0, 0.3), (3.0, 0.2)]
+    assert seconds_to(curve, 0.3) == 2.0
+    assert seconds_to(curve, 0.1) is None
+
+
+def test_a_clock_that_stands_counts_nothing():
+    clock = Clock()
+    clock.start()
+    with clock.stopped():
+        shown = clock.seconds
+        time.sleep(0.05)
+        assert clock.seconds == shown
+    clock.stop()
+    assert shown <= clock.seconds < shown + 0.05
+
+
+def test_whole_jobs_of_several_layers_are_measured(monkeypatch, capsys):
+    """Ours, one that ends with ours, and one that fails."""
+    lm = tiny_llama(num_hidden_layers=3)
+    hooks = [resolve_hook(lm, f"blocks.{layer}.hook_resid_post") for layer in (0, 1)]
+    drawn = lambda n: torch.randint(50, (n, 64), generator=torch.Generator().manual_seed(n))
+    held_out = harvest_all(lm, hooks, drawn(12))
+    job = end_to_end.Job(lm, [0, 1], hooks, drawn(64), held_out, d_sae=64, k=4)
+    ours = end_to_end.METHODS["fastsae"]
+
+    def broken(job, clock):
+        raise RuntimeError("no active drivers\nand more")
+
+    monkeypatch.setattr(end_to_end, "BATCH", 256)
+    monkeypatch.setitem(end_to_end.METHODS, "again", lambda job, _: ours(job, Clock()))
+    monkeypatch.setitem(end_to_end.METHODS, "broken", broken)
+    rows = end_to_end.measure(job, ["fastsae", "again", "broken"])
+    assert [row["case"] for row in rows] == ["smollm2-135m layers 0, 1"] * 3
+    assert rows[0]["over_fastsae"] == 1.0 and rows[0]["fraction"] > 0
+    assert rows[1]["fvu"] == rows[0]["fvu"] < 1  # the mean of two SAEs that learned
+    assert 0 < rows[1]["to_its_fvu"] <= rows[0]["seconds"]
+    assert rows[2]["failed"] == "RuntimeError: no active drivers"
+    assert "over_fastsae" not in rows[2]
 
 
 def test_the_sample_of_real_rows_is_small_and_heavy_tailed():

@@ -61,11 +61,13 @@ def command(run: LanguageModelRun, n: int, *more: str) -> list[str]:
     return [*launch, "-m", "fastsae", "train", "--stream", *named, *more]
 
 
+def ended(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
+
+
 def trained(run: LanguageModelRun, n: int, *more: str) -> bytes:
     """Weights that so many processes end with."""
-    done = subprocess.run(
-        command(run, n, *more), env=ONE_THREAD, capture_output=True, text=True, check=False
-    )
+    done = ended(command(run, n, *more))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (run.out / "run.png").is_file()
     return (run.out / "sae" / "sae_weights.safetensors").read_bytes()
@@ -123,20 +125,14 @@ def test_only_batches_have_to_come_within_the_time_out(run, tmp_path):
     whole = command(one, 3, "--dp", "2", "--model-ranks", "1", "--timeout-seconds", "6")
     at = whole.index("-m", 2)  # the module that torchrun starts
     slowed = [*whole[:at], str(Path(__file__).with_name("slow_model.py")), *whole[at + 2 :]]
-    done = subprocess.run(slowed, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    done = ended(slowed)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_what_is_wrong_with_the_model_is_said_by_all(run, tmp_path):
     wrong = replace(run, out=tmp_path / "wrong", hook="blocks.7.hook_resid_post")
-    done = subprocess.run(
-        command(wrong, 2, "--model-ranks", "1"),
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ended(command(wrong, 2, "--model-ranks", "1"))
     assert done.returncode != 0
     assert done.stderr.count("hook layer must be from 0 to 1 in") == 2, done.stderr[-3000:]
 
@@ -146,6 +142,8 @@ def test_bad_numbers_of_processes_are_refused(run):
         replace(run, stream=False, model_ranks=1)
     with pytest.raises(ValueError, match="model_ranks must be at least 0"):
         replace(run, model_ranks=-1)
+    with pytest.raises(ValueError, match=r"at most dp \* tp, got 2 for 1 \* 1"):
+        replace(run, model_ranks=2).mesh_shape(3, 3)
     with pytest.raises(ValueError, match="0 with distribute 'layers', got 1"):
         replace(run, model_ranks=1, distribute="layers")
     with pytest.raises(ValueError, match=r"got 1 \* 1 \+ 1 and 1 processes"):

@@ -308,7 +308,7 @@ def test_the_gradient_norm_adds_up_over_blocks_of_columns(short_chunks, narrow_p
 @pytest.mark.parametrize("run", [row_adam, lazy_row_adam])
 def test_rows_too_wide_for_registers_go_by_blocks(short_chunks, monkeypatch, run, name):
     monkeypatch.setattr("fastsae_kernels.optimizer.kernel.MAX_COLUMNS", 32)
-    monkeypatch.setattr("fastsae_kernels.optimizer.kernel.WIDE_BYTES", 8 * 4 * 33)
+    monkeypatch.setattr("fastsae_kernels.optimizer.blocks.WIDE_BYTES", 8 * 4 * 33)
     grads = [pair_grad(), subset_grad(0, 2, 8)]
     expected = updated("reference", grads, run, **OPTIONS[name])
     assert_close(updated("triton", grads, run, **OPTIONS[name]), expected)

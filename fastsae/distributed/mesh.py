@@ -206,32 +206,17 @@ class Mesh:
         """The same on another rank."""
         if self.size == 1:
             return work()
-        outcome: list[Any] = [None, None]
-        if self.rank == rank:
-            try:
-                outcome[0] = work()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, rank, self._all, device=self.device)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        told: list[Any] = [_outcome(work) if self.rank == rank else None]
+        dist.broadcast_object_list(told, rank, self._all, device=self.device)
+        return _results(told)[0]
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
         """Everyone does its own; all get what each one's returned, or the first exception."""
         if self.size == 1:
             return [work()]
-        outcome: tuple[Any, Exception | None] = (None, None)
-        try:
-            outcome = work(), None
-        except Exception as error:
-            outcome = None, error
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, outcome, self._all)
-        for _, error in everyone:
-            if error is not None:
-                raise error
-        return [result for result, _ in everyone]
+        dist.all_gather_object(everyone, _outcome(work), self._all)
+        return _results(everyone)
 
     def check_agreement(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every process if any of these differs between them."""
@@ -260,6 +245,22 @@ class Mesh:
     def _count(self, kind: str, axis: Axis, n_bytes: int) -> None:
         self.sent[f"{kind} over {axis}"] += n_bytes
         self.calls += 1
+
+
+def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What it returns, or what it raises, to be told to others."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _results(outcomes: list[tuple[Any, Exception | None]]) -> list[Any]:
+    """What was returned, or the first exception raised again."""
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def is_one_of_several() -> bool:

@@ -198,7 +198,7 @@ class _Sums:
             self.ce[name] = self.ce.get(name, 0.0) + ce
             if clean is not None:
                 log_q = F.log_softmax(clean[i, :-1].float(), dim=-1)
-                # `kl_div` takes twice as long, and SAE after SAE waits for it.
+                # Fewer passes over the vocabulary than `kl_div` makes.
                 per_token = torch.linalg.vecdot(log_q.exp(), log_q - log_p)
                 self.kl[name] = self.kl.get(name, 0.0) + per_token.cpu().double().sum().item()
 

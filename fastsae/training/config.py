@@ -8,7 +8,7 @@ import torch
 from fastsae.saes import SAEConfig
 from fastsae.training import defaults
 from fastsae.training.centre import CENTRES, Centre
-from fastsae.training.schedule import Schedule
+from fastsae.training.schedule import Schedule, lr_factor
 
 Tracking = Literal["wandb", "tensorboard", "trackio"]
 Kind = Literal["row_adam", "adam", "signum", "muon"]
@@ -84,6 +84,18 @@ class ScheduleConfig:
             lr_end=lr / 10 if self.lr_end is None else self.lr_end,
             warm_up_steps=defaults.warm_up_steps(steps) if warm_up is None else warm_up,
             decay_steps=defaults.decay_steps(steps) if decay is None else decay,
+        )
+
+    def factor(self, step: int, total_steps: int, lr: float) -> float:
+        """Share of the peak rate lr at a step, from 0, of a schedule that is resolved."""
+        return lr_factor(
+            step,
+            total_steps,
+            self.warm_up_steps or 0,
+            self.decay_steps or 0,
+            self.lr_curve,
+            (self.lr_end or 0.0) / lr,
+            self.restart_cycles,
         )
 
 

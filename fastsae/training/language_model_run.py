@@ -228,18 +228,6 @@ def _mesh(run: LanguageModelRun, world: Mesh, device: torch.device) -> Mesh:
     if run.distribute == "layers":
         return Mesh(device=device)
     dp, tp = run.mesh_shape(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
-    wanted = dp * tp + run.model_ranks
-    if wanted != world.size:
-        raise ValueError(
-            f"dp * tp + model_ranks must be the number of processes, got {dp} * {tp} + "
-            f"{run.model_ranks} and {world.size} processes; start with: torchrun --nproc-per-node "
-            f"{wanted} -m fastsae train ..."
-        )
-    if run.model_ranks > dp * tp:
-        raise ValueError(
-            f"model_ranks must be at most dp * tp, got {run.model_ranks} for {dp} * {tp}: each "
-            "serves one process that trains, or several"
-        )
     return Mesh(dp, tp, device, run.model_ranks, timedelta(seconds=run.timeout_seconds))
 
 

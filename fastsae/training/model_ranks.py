@@ -157,10 +157,14 @@ class ModelRank:
         """Of the first that is served: the others differ in which rows they make."""
         return next(iter(self.sources.values()))
 
+    @property
+    def places(self) -> set[str]:
+        return set(self.hooks.values())
+
     def serve(self) -> None:
         """Make and send the rows of those that are served, until each has what it needs."""
-        places = set(self.hooks.values())
-        self.world.each(lambda: [one.read(places, _in_silence) for one in self.sources.values()])
+        places = self.places
+        self.world.each(lambda: [s.read(places, lambda *_: None) for s in self.sources.values()])
         for rank, source in self.sources.items():
             samples = {hook: source.sample(hook).cpu() for hook in places}
             dist.send_object_list([samples], rank, device=torch.device("cpu"))
@@ -181,8 +185,7 @@ class ModelRank:
 
     def _batches(self, rank: int, source: StreamSource) -> Generator[dict[str, Tensor]]:
         size, start, stop = _received(rank, 3, self.world.group("world"))
-        places = set(self.hooks.values())
-        return source.batches(places, size * self.mesh.size, range(start, stop))
+        return source.batches(self.places, size * self.mesh.size, range(start, stop))
 
     def _load(self) -> Places:
         lm = load_language_model(self.run.model, device=self.device)
@@ -192,21 +195,16 @@ class ModelRank:
                 source = StreamSource(self.run, lm, rank, self.mesh.size, ahead=0)
                 self.hooks = {name: source.place(one) for name, one in runs.items()}
                 self.sources[rank] = source
-        hooks = set(self.hooks.values())
         return Places(
             {(one.layer, one.hook): self.hooks[name] for name, one in runs.items()},
-            {hook: self.source.width(hook) for hook in hooks},
-            {hook: self.source.metadata(hook) for hook in hooks},
+            {hook: self.source.width(hook) for hook in self.places},
+            {hook: self.source.metadata(hook) for hook in self.places},
             lm.model.dtype,
         )
 
 
 def _wait() -> None:
     """What a process does while those that run the model load it, or make rows again."""
-
-
-def _in_silence(*_: Any) -> None:
-    """Progress of a process that is not the first."""
 
 
 def _received(rank: int, n: int, group: dist.ProcessGroup | None = None) -> list[int]:

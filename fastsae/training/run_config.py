@@ -165,7 +165,11 @@ class LanguageModelRun:
         runs_of(self)
 
     def mesh_shape(self, n_processes: int, of_a_machine: int) -> tuple[int, int]:
-        """dp and tp of a run by so many processes; what is not given takes what is left."""
+        """dp and tp of a run by so many processes; what is not given takes what is left.
+
+        Raises:
+            ValueError: dp * tp + model_ranks is another number, or more run the model than train.
+        """
         training = max(1, n_processes - self.model_ranks)
         if self.tp is not None:
             tp = self.tp
@@ -173,4 +177,17 @@ class LanguageModelRun:
             tp = max(1, training // self.dp)
         else:
             tp = min(training, of_a_machine)
-        return (max(1, training // tp) if self.dp is None else self.dp), tp
+        dp = max(1, training // tp) if self.dp is None else self.dp
+        wanted = dp * tp + self.model_ranks
+        if wanted != n_processes:
+            raise ValueError(
+                f"dp * tp + model_ranks must be the number of processes, got {dp} * {tp} + "
+                f"{self.model_ranks} and {n_processes} processes; start with: torchrun "
+                f"--nproc-per-node {wanted} -m fastsae train ..."
+            )
+        if self.model_ranks > dp * tp:
+            raise ValueError(
+                f"model_ranks must be at most dp * tp, got {self.model_ranks} for {dp} * {tp}: "
+                "each serves one process that trains, or several"
+            )
+        return dp, tp

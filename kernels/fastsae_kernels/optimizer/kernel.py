@@ -8,10 +8,7 @@ Traffic a parameter: weight and moments read and written, 24 bytes (16 with bf16
 a bf16 copy, once, besides the gather of the gradient's operand. Temporary memory: the partial sums
 of `grouping/kernel.py`, and what `merge.py` copies if there are several gradients.
 
-Whole rows of more than `MAX_COLUMNS` columns do not fit into registers. Blocks of them take their
-gradient from a buffer of `WIDE_BYTES` and are updated by PyTorch, exactly, at several times the
-traffic. A weight without pairs and with one column a row (a bias) goes that way too: a program
-a number would take longer.
+Rows that are too wide, and biases without pairs, go to `blocks.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,20 +29,19 @@ from fastsae_kernels.grouping.kernel import (
     columns_of,
     latent_sum,
     pair_arguments,
-    segment_sum,
     slice_columns,
 )
+from fastsae_kernels.optimizer.blocks import update_blocks
 from fastsae_kernels.optimizer.merge import MergedGrad, merge, touched_rows
-from fastsae_kernels.optimizer.update import RowState, Rule, step_tensor, update_rows
+from fastsae_kernels.optimizer.update import RowState, Rule
 
 MAX_COLUMNS = 8192
-WIDE_BYTES = 64 << 20
 
 
 def row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
     merged = merge(grads, len(state.weight))
     if _by_blocks(state.weight, merged, rule):
-        _update_blocks(state, merged, rule, None)
+        update_blocks(state, merged, rule, None)
     else:
         _update(state, merged, rule, lazy=False)
 
@@ -53,7 +49,7 @@ def row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
 def lazy_row_adam(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
     merged = merge(grads, len(state.weight))
     if _by_blocks(state.weight, merged, rule):
-        _update_blocks(state, merged, rule, touched_rows(grads, len(state.weight)))
+        update_blocks(state, merged, rule, touched_rows(grads, len(state.weight)))
     else:
         _update(state, merged, rule, lazy=True)
 
@@ -114,43 +110,6 @@ def _factors(rule: Rule) -> tuple[float, ...]:
     (b1, b2), step = map(float, rule.betas), rule.step
     correction = 1 - b2**step
     return rule.lr / (1 - b1**step), b1, 1 - b1, b2, 1 - b2, correction**-0.5, float(rule.eps)
-
-
-def _update_blocks(state: RowState, merged: MergedGrad, rule: Rule, touched: Tensor | None) -> None:
-    steps, (n_rows, n_cols) = step_tensor(state, rule), state.weight.shape
-    size = max(1, WIDE_BYTES // (4 * max(1, n_cols)))
-    for start in range(0, n_rows, size):
-        rows = torch.arange(start, min(start + size, n_rows), device=state.weight.device)
-        block = state.part(slice(start, start + size))
-        g = _gradient_block(block.weight, merged, slice(start, start + size))
-        g = g if rule.grad_scale is None else g * rule.grad_scale
-        if touched is None:
-            update_rows(block, g, rows, rule, steps)
-            continue
-        before = [t.clone() for t in block.tensors()]
-        update_rows(block, g, rows, rule, steps)
-        for now, old in zip(block.tensors(), before, strict=True):
-            now.copy_(torch.where(touched[rows].unsqueeze(1), now, old))
-
-
-def _gradient_block(weight: Tensor, merged: MergedGrad, rows: slice) -> Tensor:
-    """The gradient of these rows of the whole weight, fp32 like `weight`, a view of them."""
-    pairs, values, table = merged
-    parts = []
-    if pairs is not None:
-        offsets = pairs.groups.offsets[rows.start : rows.stop + 1]
-        parts.append(segment_sum(pairs.groups._replace(offsets=offsets), pairs.coef, pairs.operand))
-    if values is not None and table is None:
-        parts.append(values[rows])
-    elif values is not None and table is not None and len(values):
-        place = table[rows]
-        here = (place >= 0).unsqueeze(1)
-        parts.append(torch.where(here, values[place.clamp_min(0)], 0))
-    return (
-        sum(parts, start=torch.zeros_like(weight, dtype=torch.float32))
-        if len(parts) != 1
-        else parts[0]
-    )
 
 
 def _gradient_arguments(merged: MergedGrad) -> tuple[Any, ...]:
