@@ -6,8 +6,8 @@
     python -m bench --parts gpu         # on a GPU: python -m bench.gpu_check
     python -m bench report              # tables and plots of the committed rows
 
-Rows go to runs/bench/rows.jsonl, with --save NAME also to bench/results/NAME.jsonl. Ends with the
-table of one training step and the folder of the report.
+Tables are printed as they come. Rows go to runs/bench/rows.jsonl, with --save NAME
+also to bench/results/NAME.jsonl; the report of this run, with its plots, lies beside the former.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end, ops, pipeline, quality, report, scaling
+from bench import end_to_end, ops, pipeline, report, scaling
 from bench.cases import find_case
 from bench.providers import PEERS
+from bench.quality.__main__ import main as quality
 from bench.record import append
 from bench.train_step import memory, show, summary, times
 
@@ -33,24 +34,35 @@ Row = dict[str, Any]
 
 
 def steps(repeats: int) -> list[Row]:
-    found: list[Row] = []
-    for name in STEP_CASES:
-        small = name == STEP_CASES[0]
-        providers = STEP_PROVIDERS if small else LARGE_STEP_PROVIDERS
-        found += times(find_case(name), providers, repeats if small else 3)
-    found += times(find_case(STEP_CASES[0]), ["fastsae", "sae-lens"], 3, 0.05)
-    found += times(find_case(STEP_CASES[0]), ["fastsae", "sae-lens"], 3, skewed=True)
-    return found + [row for name in STEP_CASES for row in memory(find_case(name))]
+    small, large = (find_case(name) for name in STEP_CASES)
+    pair = ["fastsae", "sae-lens"]
+    return [
+        *told(times(small, STEP_PROVIDERS, repeats)),
+        *told(times(large, LARGE_STEP_PROVIDERS, 3)),
+        *told(times(small, pair, 3, 0.05)),
+        *told(times(small, pair, 3, skewed=True)),
+        *memory(small),
+        *memory(large),
+    ]
+
+
+def told(rows: list[Row]) -> list[Row]:
+    """The rows of one case, once they are printed."""
+    case, dead, usage = (rows[0][name] for name in ("case", "dead", "usage"))
+    print(f"\n{case}, {dead:.0%} dead, {usage} usage")
+    show(rows)
+    print(summary({r["provider"]: r["ms_p50"] for r in rows if "ms_p50" in r}), flush=True)
+    return rows
 
 
 def single_ops(repeats: int) -> list[Row]:
     case = find_case(OPS_CASE)
-    limits, inputs = ops.ceilings(case), ops.Inputs(case, "cpu")
-    return [
-        row | limits
-        for name in ops.OPS
-        for row in ops.times(name, inputs, repeats, limits, leave_out=("torch.compile",))
-    ]
+    limits, inputs, found = ops.ceilings(case), ops.Inputs(case, "cpu"), list[Row]()
+    for name in ops.OPS:
+        for row in ops.times(name, inputs, repeats, limits, leave_out=("torch.compile",)):
+            found.append(row | limits)
+            print(ops.line_of(row), flush=True)
+    return found
 
 
 def curves() -> list[Row]:
@@ -83,12 +95,12 @@ def on_a_gpu() -> None:
     gpu_check.main()
 
 
-OWN_COMMANDS = {"quality": quality.main, "gpu": on_a_gpu}
+OWN_COMMANDS = {"quality": quality, "gpu": on_a_gpu}
 """Parts that write rows of their own, and are not part of the comparison by default."""
 
 
 def quick() -> list[Row]:
-    return times(find_case("smollm2-135m-4k"), STEP_PROVIDERS, 3)
+    return told(times(find_case("smollm2-135m-4k"), STEP_PROVIDERS, 3))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,12 +128,6 @@ def main(arguments: list[str] | None = None) -> None:
             append(args.save, made)
         found += made
         print(f"{name}: {time.perf_counter() - part:.0f} s", flush=True)
-    shown = [row for row in found if row["bench"] == "train_step"]
-    for case in dict.fromkeys((r["case"], r["dead"], r["usage"]) for r in shown):
-        mine = [r for r in shown if (r["case"], r["dead"], r["usage"]) == case]
-        print(f"\n{case[0]}, {case[1]:.0%} dead, {case[2]} usage")
-        show(mine)
-        print(summary({row["provider"]: row["ms_p50"] for row in mine if "ms_p50" in row}))
     if not args.quick and found:
         print(f"report: {report.write(args.out, [args.out / 'rows.jsonl'])}")
     print(f"{time.perf_counter() - started:.0f} s, rows in {args.out / 'rows.jsonl'}")

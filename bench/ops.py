@@ -316,6 +316,11 @@ def work(name: str, case: Case, element: int) -> Work | None:
     return None if found is None else Work(*found)
 
 
+def four_digits(value: float) -> float:
+    """Of significance: what a tiny case reaches must not round to nothing."""
+    return float(f"{value:.4g}")
+
+
 def ceilings(case: Case, device: str = "cpu") -> dict[str, float]:
     """GFLOP/s of a product of the case's shape, GB/s of a copy and of a gather of its rows."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -341,9 +346,9 @@ def ceilings(case: Case, device: str = "cpu") -> dict[str, float]:
     flop, moved = 2 * case.B * case.D * columns, 2 * source.numel() * 8
     gathered = 2 * rows_out.numel() * rows_out.element_size()
     return {
-        "gemm_gflops": round(flop / best["gemm"] / 1e9, 1),
-        "copy_gbps": round(moved / best["copy"] / 1e9, 1),
-        "gather_gbps": round(gathered / best["gather"] / 1e9, 1),
+        "gemm_gflops": four_digits(flop / best["gemm"] / 1e9),
+        "copy_gbps": four_digits(moved / best["copy"] / 1e9),
+        "gather_gbps": four_digits(gathered / best["gather"] / 1e9),
     }
 
 

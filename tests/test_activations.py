@@ -83,9 +83,12 @@ def test_nothing_need_be_set_aside(lm: LanguageModel, hook, tokens: Tensor):
 
 
 def test_row_filter_agrees_with_harvest(lm: LanguageModel, hook, tokens: Tensor, harvested):
-    keep = harvested.row_filter.keep(capture(lm, hook, tokens))
+    keep = harvested.row_filter.keep(capture(lm, hook, tokens), tokens)
     assert torch.equal(torch.stack(keep.nonzero(as_tuple=True)).int(), harvested_where(harvested))
-    assert RowFilter(skip_first=0).keep(torch.ones(1, 2, 3)).all()
+    ones, three = torch.ones(1, 3, 4), torch.tensor([[5, 6, 7]])
+    assert RowFilter(skip_first=0).keep(ones, three).all()
+    some = RowFilter(skip_first=1, dropped_tokens=(5, 7)).keep(ones, three)
+    assert some.tolist() == [[False, True, False]]
 
 
 def harvested_where(harvested: Activations) -> Tensor:
@@ -146,11 +149,15 @@ def test_default_model_has_the_rows_that_are_set_aside():
     lm = load_language_model()
     text = Text("story", [STORY, STORY[::-1], STORY.upper()], "none")
     tokens = tokenize(text, lm.tokenizer, context_size=32)
-    harvested = harvest(lm, resolve_hook(lm, resid_hook_name(15)), tokens)
+    hook = resolve_hook(lm, resid_hook_name(15))
+    harvested = harvest(lm, hook, tokens)
     first = harvested.excluded.norm(dim=-1).max().item()
     assert 100 < first / harvested.median_norm < 200
     # The separator between documents is as massive wherever it stands.
-    assert harvested.n_massive == (tokens[:, 1:] == 0).sum() > 0
+    kept = harvest(lm, hook, tokens, drop_special=False)
+    assert harvested.n_special == kept.n_massive == (tokens[:, 1:] == 0).sum() > 0
+    assert harvested.n_massive == kept.n_special == 0
+    assert torch.equal(harvested.rows, kept.rows)
     assert harvested.rows.norm(dim=-1).max() < 3 * harvested.median_norm
 
 

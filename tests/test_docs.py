@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, and its generated pages match the rows."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ PAGES = [
 def lists():
     """Pages may register variants and providers; the lists are as they were afterwards."""
     registries: list[dict[str, Any]] = [SAES, PROVIDERS]
+    with contextlib.suppress(ImportError):
+        from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+        registries.append(SAE_TRAINING_CLASS_REGISTRY)
     before = [dict(names) for names in registries]
     yield
     for names, content in zip(registries, before, strict=True):

@@ -92,16 +92,19 @@ def test_several_hooks_share_a_pass_that_ends_at_the_last(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_rows_are_those_of_a_harvest_in_memory(run, lm, stories):
-    run = replace(run, drop_special=False)
+@pytest.mark.parametrize("drop_special", [True, False])
+def test_rows_are_those_of_a_harvest_in_memory(run, lm, stories, drop_special):
+    run = replace(run, drop_special=drop_special)
     index = harvest_to_disk(run, lm=lm)
     train, held_out = split_documents(load_text(stories))
     for folder, text, n in ((run.out, train, 20_000), (run.out / HELD_OUT, held_out, 1000)):
         tokens = tokenize(text, lm.tokenizer, context_size=32, n_tokens=n)
         for hook in HOOKS:
-            held = harvest(lm, resolve_hook(lm, hook), tokens, batch_contexts=16)
+            options = {"drop_special": drop_special, "batch_contexts": 16}
+            held = harvest(lm, resolve_hook(lm, hook), tokens, **options)
             assert torch.equal(rows_of(folder, hook), held.rows)
-    assert index.rows == 31 * 625 and [s.contexts for s in index.shards] == [256, 256, 113]
+    assert (index.rows == 31 * 625) != drop_special
+    assert [s.contexts for s in index.shards] == [256, 256, 113]
     assert index.complete and index.widths == dict.fromkeys(HOOKS, 16)
 
 

@@ -142,7 +142,7 @@ def test_reconstruct_sees_only_rows_of_training(lm: LanguageModel, hook, row_fil
 
     loss_recovered(lm, hook, TOKENS, keep, row_filter=row_filter, every_position=False)
     x = capture(lm, hook, TOKENS)
-    assert torch.equal(torch.cat(seen), x[row_filter.keep(x)])
+    assert torch.equal(torch.cat(seen), x[row_filter.keep(x, TOKENS)])
 
 
 def test_default_model_needs_its_residual_stream():

@@ -1,10 +1,8 @@
 """docs/benchmarks.md and the README's table, from result rows."""
 
-import json
 from collections.abc import Callable
 
-from bench.quality import Setting
-from bench.quality import report as quality_table
+from bench.quality.report import report as quality_tables
 from bench.report.gpu import gpu_lines
 from bench.report.rows import Row, by_device, failures, newest, of, table, timed, where
 from bench.scaling import fit
@@ -158,11 +156,10 @@ def ops_lines(rows: list[Row], picture: Picture) -> list[str]:
 
 
 def quality_lines(rows: list[Row]) -> list[str]:
-    lines = ["", "## Quality at equal tokens", "", "`python -m bench.quality`"] if rows else []
-    for setting in {json.dumps(r["setting"], sort_keys=True): r["setting"] for r in rows}.values():
-        mine = [r for r in rows if Setting(**r["setting"]) == Setting(**setting)]
-        lines += ["", f"{setting}", "", "```", quality_table(mine), "```", "", where(mine)]
-    return lines
+    if not rows:
+        return []
+    lines = ["", "## Quality at equal tokens", "", "`python -m bench.quality`"]
+    return [*lines, "", "```", quality_tables(rows), "```", "", where(rows)]
 
 
 NAMES = {

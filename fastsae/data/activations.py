@@ -1,4 +1,4 @@
-"""Rows of activations from a language model, the first positions and massive rows set aside.
+"""Rows of activations from a language model, but for first positions, special and massive ones.
 
 The first position of a context has a norm some 150 times the median whatever its token, and
 about one later row in 3,000 is as massive, with most of its length in a single dimension. A
@@ -35,16 +35,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowFilter:
-    """Which rows an SAE is trained on: kept iff position >= skip_first and norm <= norm_limit."""
+    """Which rows an SAE is trained on: kept iff position >= skip_first, norm <= norm_limit, and the
+    token is not one of `dropped_tokens`."""
 
     skip_first: int = 1
     norm_limit: float = math.inf
+    dropped_tokens: tuple[int, ...] = ()
 
-    def keep(self, x: Float[Tensor, "n L D"]) -> Bool[Tensor, "n L"]:
+    def keep(self, x: Float[Tensor, "n L D"], tokens: Int[Tensor, "n L"]) -> Bool[Tensor, "n L"]:
         """True where a row is kept."""
         kept = row_norms(x) <= self.norm_limit
         kept[:, : self.skip_first] = False
-        return kept
+        return kept & ~torch.isin(tokens, tokens.new_tensor(self.dropped_tokens))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +57,13 @@ class Activations:
     context_of: Int[Tensor, " N"]
     position_of: Int[Tensor, " N"]
     excluded: Float[Tensor, "M D"]
-    """First positions and massive rows in the model's dtype, for metrics on all rows."""
+    """The others in the model's dtype, for metrics on all rows."""
     tokens: Int[Tensor, "n L"]
     n_first: int
+    n_special: int
+    """Rows of special tokens past the first positions."""
     n_massive: int
+    """Of the other rows."""
     median_norm: float
     """Of the rows past `skip_first` in the first contexts."""
     row_filter: RowFilter
@@ -87,6 +92,7 @@ def harvest_all(
     *,
     batch_contexts: int | None = None,
     skip_first: int = 1,
+    drop_special: bool = True,
     massive_multiple: float = 10.0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -100,6 +106,7 @@ def harvest_all(
     Args:
         batch_contexts: contexts per forward pass; None chooses by device.
         skip_first: positions at the start of each context that are set aside.
+        drop_special: set the rows of the tokenizer's special tokens aside, wherever they stand.
         massive_multiple: a row is massive if its norm exceeds this multiple of the median norm.
         dtype: of the rows; None keeps the model's own. Rows are finite: if the largest |x| of
             those kept is above the dtype's largest number (65,504 in float16), all of them are
@@ -114,7 +121,8 @@ def harvest_all(
     _check(tokens, batch_contexts, skip_first, massive_multiple)
     n, length = tokens.shape
     step = batch_contexts or default_batch_contexts(lm.device, length)
-    rules = RowRules(skip_first, massive_multiple=massive_multiple)
+    special = lm.special_ids if drop_special else ()
+    rules = RowRules(skip_first, special, massive_multiple)
     passes = ModelRows(lm, hooks, rules, device=device or lm.device)
     gathered = [_Gathered(lm, hook, tokens, skip_first, dtype, device) for hook in hooks]
     n_contexts = 0
@@ -131,7 +139,7 @@ def harvest_all(
         ) from bad
     assert passes.median_norms is not None
     return [
-        one.finish(RowFilter(skip_first, limit), median)
+        one.finish(RowFilter(skip_first, limit, special), median)
         for one, limit, median in zip(
             gathered, passes.norm_limits, passes.median_norms, strict=True
         )
@@ -187,6 +195,8 @@ class _Gathered:
     def finish(self, row_filter: RowFilter, median: float) -> Activations:
         excluded = torch.cat(self.excluded)
         n_first = len(self.tokens) * row_filter.skip_first
+        later = self.tokens[:, row_filter.skip_first :]
+        n_special = int(torch.isin(later, later.new_tensor(row_filter.dropped_tokens)).sum())
         return Activations(
             rows=self.rows[: self.n],
             context_of=self.where[0, : self.n],
@@ -194,7 +204,8 @@ class _Gathered:
             excluded=excluded,
             tokens=self.tokens,
             n_first=n_first,
-            n_massive=len(excluded) - n_first,
+            n_special=n_special,
+            n_massive=len(excluded) - n_first - n_special,
             median_norm=median,
             row_filter=row_filter,
         )

@@ -173,10 +173,8 @@ class _Part:
         self.n_contexts = None if tokens is None else math.ceil(tokens / run.context_size)
         self.dtype = lm.model.dtype if run.dtype == "auto" else getattr(torch, run.dtype)
         self.widths = {hook.name: d_at(lm, hook) for hook in hooks}
-        special = lm.tokenizer.all_special_ids if run.drop_special else []
-        self.rules = RowRules(
-            run.skip_first, tuple(sorted(special)), run.massive_multiple, run.nonfinite
-        )
+        special = lm.special_ids if run.drop_special else ()
+        self.rules = RowRules(run.skip_first, special, run.massive_multiple, run.nonfinite)
         step = run.batch_contexts or default_batch_contexts(lm.device, run.context_size)
         row_bytes = sum(self.widths.values()) * self.dtype.itemsize
         passes = (run.shard_mib << 20) // (row_bytes * step * run.context_size)

@@ -71,6 +71,11 @@ class LanguageModel:
         return int(self._config.vocab_size)
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The tokenizer's special tokens, bos, eos, padding; none without a tokenizer."""
+        return tuple(sorted(getattr(self.tokenizer, "all_special_ids", ())))
+
+    @property
     def _config(self) -> Any:
         return self.model.config.get_text_config()
 

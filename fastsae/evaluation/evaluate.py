@@ -28,8 +28,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics on held-out rows and the cross-entropy with the SAE spliced in.
 
-    The headline leaves first positions and massive rows out, as training did; the same figures on
-    all rows, and with every position spliced, stand beside it.
+    The headline leaves first positions, special tokens and massive rows out, as training did; the
+    same figures on all rows, and with every position spliced, stand beside it.
 
     Returns:
         `rows`, `all_rows` (see `definitions`), `cross_entropy` and the counts of rows left out.
@@ -90,6 +90,7 @@ def evaluate_several(
             "cross_entropy": _cross_entropy(found[name], as_they_are.get(name)),
             "left_out": {
                 "first_positions": held_out.n_first,
+                "special_tokens": held_out.n_special,
                 "massive_rows": held_out.n_massive,
                 "norm_limit": held_out.norm_limit,
             },
@@ -206,6 +207,7 @@ def report_table(report: dict[str, Any]) -> str:
     left_out = report["left_out"]
     lines.append(
         f"left out of the first column: {left_out['first_positions']} first positions, "
+        f"{left_out['special_tokens']} special tokens, "
         f"{left_out['massive_rows']} rows with a norm above {left_out['norm_limit']:.0f}"
     )
     return "\n".join(lines)

@@ -109,8 +109,8 @@ def losses_recovered(
 
     Args:
         reconstructs: by name, what replaces the rows it gets.
-        row_filter: the rows an SAE is trained on, `Activations.row_filter`; first positions and
-            massive rows are then neither spliced nor ablated.
+        row_filter: the rows an SAE is trained on, `Activations.row_filter`; first positions,
+            special tokens and massive rows are then neither spliced nor ablated.
         every_position: splice and ablate all positions as well.
         kl: also the divergence of the predictions from the clean ones.
         mean: a row, usually the mean of the activations, to ablate with besides zeros.
@@ -140,7 +140,7 @@ def losses_recovered(
         sums.add("clean", clean, batch)
         for which, chosen in filters.items():
             for change, new_rows in changes.items():
-                edit = _Replace(chosen, new_rows)
+                edit = _Replace(chosen, batch, new_rows)
                 with replay.replayed(), splice(lm, hook, edit):
                     logits = lm.model(input_ids=batch, use_cache=False).logits
                 sums.add((which, *change), logits, batch, clean if kl else None)
@@ -165,12 +165,14 @@ _Change = tuple[str, ...]
 class _Replace:
     """Puts new rows where the filter keeps rows, and leaves the others."""
 
-    def __init__(self, row_filter: RowFilter, new_rows: Callable[[Tensor], Tensor]) -> None:
-        self.row_filter, self.new_rows = row_filter, new_rows
+    def __init__(
+        self, row_filter: RowFilter, tokens: Tensor, new_rows: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.row_filter, self.tokens, self.new_rows = row_filter, tokens, new_rows
         self.n_replaced = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        keep = self.row_filter.keep(x)
+        keep = self.row_filter.keep(x, self.tokens)
         rows = x[keep]
         new = self.new_rows(rows)
         if new.shape != rows.shape:

@@ -1,8 +1,9 @@
 """A SAELens run with fastsae's ops inside: its trainer, store and logging stay its own."""
 
 from dataclasses import fields, replace
-from types import MethodType
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ TERMS = {
 def accelerate(training_sae: Any) -> Any:
     """Make a SAELens training SAE compute its training steps with fastsae, and return it.
 
-    Losses and gradients are SAELens's to rounding. The SAE keeps its class, its parameters (W_enc
-    gets one latent contiguous in memory, its shape stays), its files and everything else; only
-    `training_forward_pass` is another. Under SAELens's autocast rows are rounded to its dtype and
-    weights and sums stay in theirs. `feature_acts` of the output is a sparse COO tensor where the
-    code is sparse, as SAELens's own with `use_sparse_activations`; `hidden_pre` is not made.
+    Losses and gradients are SAELens's to rounding. The SAE keeps its parameters (W_enc gets one
+    latent contiguous in memory, its shape stays), its files and everything else; its class becomes
+    a subclass of its own with another `training_forward_pass`. Under SAELens's autocast rows are
+    rounded to its dtype and weights and sums stay in theirs; torch.compile (`compile_sae=True`)
+    leaves the step as it is. `feature_acts` of the output is a sparse COO tensor where the code is
+    sparse, as SAELens's own with `use_sparse_activations`; `hidden_pre` is not made.
 
         trainer = SAETrainer(cfg, accelerate(TopKTrainingSAE(sae_cfg)), data)
 
@@ -37,8 +39,8 @@ def accelerate(training_sae: Any) -> Any:
         ImportError: sae-lens is not installed.
         TypeError: not a training SAE of an architecture that fastsae has.
     """
-    saes = require("sae_lens.saes.sae", extra="peers")
-    if not isinstance(training_sae, saes.TrainingSAE):
+    kind = require("sae_lens.saes.sae", extra="peers").TrainingSAE
+    if not isinstance(training_sae, kind):
         raise TypeError(
             f"training_sae must be a TrainingSAE of SAELens, got {type(training_sae).__name__}"
         )
@@ -47,9 +49,44 @@ def accelerate(training_sae: Any) -> Any:
         raise TypeError(
             f"training_sae must be of an architecture among {sorted(SAES)}, got {architecture!r}"
         )
-    ours = _sharing(training_sae, SAES[architecture])
+    training_sae.__class__ = accelerated_class(type(training_sae))
+    return training_sae
 
-    def training_forward_pass(self: Any, step_input: Any) -> Any:
+
+def register() -> list[str]:
+    """Make the training SAEs that SAELens makes from configurations accelerated ones.
+
+    Its registry gets subclasses of its own training classes, under the same architectures and with
+    the same configurations, so that runners, resumed runs and files do not change:
+
+        from fastsae.interop.sae_lens import register
+
+        register()
+        LanguageModelSAETrainingRunner(cfg).run()
+
+    Returns:
+        The architectures that are accelerated; SAELens's others stay as they are.
+
+    Raises:
+        ImportError: sae-lens is not installed.
+    """
+    require("sae_lens", extra="peers")  # it fills its registry
+    registry = require("sae_lens.registry", extra="peers").SAE_TRAINING_CLASS_REGISTRY
+    known = sorted(registry.keys() & SAES.keys())
+    for architecture in known:
+        sae_class, config_class = registry[architecture]
+        registry[architecture] = accelerated_class(sae_class), config_class
+    return known
+
+
+class Accelerated:
+    """What a SAELens training SAE computes by us, before its own class in the order of methods."""
+
+    cfg: Any
+
+    @torch.compiler.disable
+    def training_forward_pass(self, step_input: Any) -> Any:
+        ours = sharing(self)
         x = step_input.sae_in
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -60,7 +97,7 @@ def accelerate(training_sae: Any) -> Any:
         if getattr(ours.cfg, "aux_loss_coefficient", 0):
             losses.setdefault(TERMS["auxk"], found.total.new_zeros(()))
         threshold = getattr(ours, "topk_threshold", None)
-        return saes.TrainStepOutput(
+        return require("sae_lens.saes.sae", extra="peers").TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=found.x_hat.reshape(step_input.sae_in.shape),
             feature_acts=acts_as_sae_lens(ours, found),
@@ -70,20 +107,36 @@ def accelerate(training_sae: Any) -> Any:
             metrics={} if threshold is None else {"topk_threshold": threshold},
         )
 
-    training_sae.training_forward_pass = MethodType(training_forward_pass, training_sae)
-    return training_sae
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """safetensors refuses a W_enc that is not contiguous."""
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
 
-def _sharing(theirs: nn.Module, kind: type[SAE]) -> SAE:
-    """Our SAE over the very parameters and buffers of theirs."""
-    cfg: Any = theirs.cfg
-    ours = kind(kind.config_class.from_dict({**cfg.to_dict(), "metadata": {}}), device="meta")
-    for name, _ in list(ours.named_parameters()):
-        parameter = getattr(theirs, name)
-        if name == "W_enc" and parameter.stride(0) != 1:
-            parameter.data = parameter.data.t().contiguous().t()
-        ours._parameters[name] = parameter
-    for name, _ in list(ours.named_buffers()):
+@cache
+def accelerated_class(sae_class: type) -> type:
+    """`sae_class` of SAELens with our step inside; one that has it already is returned."""
+    if issubclass(sae_class, Accelerated):
+        return sae_class
+    return type(sae_class.__name__, (Accelerated, sae_class), {"__module__": sae_class.__module__})
+
+
+_SHARING: WeakKeyDictionary[nn.Module, SAE] = WeakKeyDictionary()
+"""A SAELens SAE -> ours of the same tensors. Not an attribute: a copy must not share them."""
+
+
+def sharing(theirs: Any) -> SAE:
+    """Our SAE over the very parameters and buffers that theirs has now."""
+    if theirs not in _SHARING:
+        kind = SAES[theirs.cfg.architecture()]
+        cfg = kind.config_class.from_dict({**theirs.cfg.to_dict(), "metadata": {}})
+        _SHARING[theirs] = kind(cfg, device="meta")
+    ours = _SHARING[theirs]
+    if theirs.W_enc.stride(0) != 1:
+        theirs.W_enc.data = theirs.W_enc.data.t().contiguous().t()
+    for name in ours._parameters:
+        ours._parameters[name] = getattr(theirs, name)
+    for name in ours._buffers:
         ours._buffers[name] = getattr(theirs, name)
     return ours
 

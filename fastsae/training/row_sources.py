@@ -203,7 +203,9 @@ class StreamSource(ModelSource):
             batch_size // self.parts,
             run.seed,
             context_size=run.context_size,
-            rules=RowRules(massive_multiple=run.massive_multiple),
+            rules=RowRules(
+                dropped_tokens=self.lm.special_ids, massive_multiple=run.massive_multiple
+            ),
             median_norms={hook: self._rows[hook].median_norm for hook in hooks},
             buffer_rows=run.buffer_rows,
             mixing=run.mixing,

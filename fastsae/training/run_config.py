@@ -74,7 +74,8 @@ class LanguageModelRun:
     finetune_from: str | None = None
     """Folder of a trained SAE, in any format that `fastsae convert` reads, to start from."""
     massive_multiple: float = 10.0
-    """Rows with a norm above this multiple of the median are left out, as are first positions."""
+    """Rows with a norm above this multiple of the median are left out, as are first positions
+    and special tokens."""
     eval_tokens: int = 16_384
     """Held-out tokens to evaluate on."""
     checkpoints: int = 4

@@ -1,0 +1,140 @@
+"""Tables of the rows: means over seeds, paired differences with 95 % intervals, ablations."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from bench.clock import seconds_to
+
+Row = dict[str, Any]
+T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Of Student's t at 97.5 %, by the number of seeds."""
+COLUMNS = {
+    "fvu": ("FVU", ".4f"),
+    "fvu_all_rows": ("all rows", ".4f"),
+    "l0": ("L0", ".1f"),
+    "ce_loss_score": ("CE score", ".4f"),
+    "ce_loss_score_every_position": ("every pos.", ".4f"),
+    "never_fired": ("never fired", ".2%"),
+    "decoder_match": ("match", ".3f"),
+    "decoder_cosine": ("cosine", ".3f"),
+    "redundant": ("redundant", ".2%"),
+}
+BASELINE = "sae-lens-tuned"
+
+
+def report(rows: list[Row]) -> str:
+    """Every table there are rows for."""
+    parts = []
+    for key in dict.fromkeys(json.dumps(r["setting"], sort_keys=True) for r in rows):
+        mine = [r for r in rows if json.dumps(r["setting"], sort_keys=True) == key]
+        s = mine[0]["setting"]
+        parts.append(
+            f"{s['source']}, {s['architecture']}, F = {s['d_sae']:,}, K = {s['k']}, "
+            f"{s['tokens']:,} tokens"
+        )
+        of = lambda bench, among=mine: [r for r in among if r["bench"] == bench]
+        if compared := of("quality"):
+            parts += [comparison(compared), *differences(compared), *times(compared)]
+        if tried := of("quality-search"):
+            parts.append(search(tried))
+        if changed := of("quality-ablation"):
+            parts.append(ablation(changed))
+        if recovered := of("quality-synthetic"):
+            parts.append(synthetic(recovered))
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def comparison(rows: list[Row]) -> str:
+    lines = [f"{'method':22}{'seeds':>6}" + "".join(f"{h:>13}" for h, _ in COLUMNS.values())]
+    for method, mine in by(rows, "method").items():
+        cells = ""
+        for name, (_, style) in COLUMNS.items():
+            found = [r[name] for r in mine if name in r]
+            cells += f"{format(statistics.mean(found), style) if found else '-':>13}"
+        lines.append(f"{method:22}{len(mine):6}{cells}")
+    return "\n".join(lines)
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean of paired differences and half the width of its 95 % interval."""
+    n = len(differences)
+    return (
+        statistics.mean(differences),
+        T_QUANTILES[n] * statistics.stdev(differences) / n**0.5,
+    )
+
+
+def differences(rows: list[Row]) -> list[str]:
+    """Of our defaults and the tuned baseline, seed by seed."""
+    mine, theirs = ({r["seed"]: r for r in rows if r["method"] == m} for m in ("fastsae", BASELINE))
+    seeds = sorted(mine.keys() & theirs.keys())
+    if len(seeds) not in T_QUANTILES:
+        return []
+    lines = [f"fastsae - {BASELINE}, mean over {len(seeds)} seeds and 95 % interval:"]
+    for name, relative in (("fvu", True), ("ce_loss_score", False), ("never_fired", False)):
+        pairs = [(mine[s][name], theirs[s][name]) for s in seeds]
+        found = [100 * (a - b) / (b if relative else 1) for a, b in pairs]
+        mean, half = interval(found)
+        unit = "%" if relative else "points"
+        lines.append(f"  {name}: {mean:+.2f} +- {half:.2f} {unit}")
+    return lines
+
+
+def times(rows: list[Row]) -> list[str]:
+    """Seconds until SAELens's final FVU, where SAELens computed by itself."""
+    theirs = {r["seed"]: r for r in rows if r["method"] == f"{BASELINE}-own"}
+    lines = []
+    for r in rows:
+        if r["method"] == "fastsae" and r["seed"] in theirs:
+            other = theirs[r["seed"]]
+            reached = seconds_to(r["curve"], other["curve"][-1][1])
+            text = "never" if reached is None else f"{reached:.0f} s"
+            lines.append(
+                f"seed {r['seed']}: fastsae {r['seconds']:.0f} s; SAELens by its own arithmetic "
+                f"{other['seconds']:.0f} s, whose final FVU fastsae reaches in {text}"
+            )
+    return lines
+
+
+def search(rows: list[Row]) -> str:
+    lines = ["search, on validation rows"]
+    for library, mine in by(rows, "library").items():
+        for r in sorted(mine, key=lambda r: r["fvu"]):
+            said = ", ".join(f"{k} {v}" for k, v in r["options"].items()) or "defaults"
+            lines.append(f"  {library:10}{r['fvu']:9.4f}{r['never_fired']:8.2%}  {said}")
+    return "\n".join(lines)
+
+
+def ablation(rows: list[Row]) -> str:
+    found = by(rows, "change")
+    of = lambda mine: {r["seed"]: r["fvu"] for r in mine}
+    base = of(found["the defaults"])
+    lines = [
+        f"{'change of the defaults, on validation rows':44}{'FVU':>9}{'change':>10}{'seeds':>7}"
+    ]
+    for name, mine in found.items():
+        values = of(mine)
+        shared = sorted(values.keys() & base.keys())
+        change = statistics.mean(100 * (values[s] / base[s] - 1) for s in shared)
+        mean = statistics.mean(values[s] for s in shared)
+        lines.append(f"{name:44}{mean:9.4f}{change:+9.2f}%{len(shared):7}")
+    return "\n".join(lines)
+
+
+def synthetic(rows: list[Row]) -> str:
+    names = ("f1", "mcc", "uniqueness", "explained_variance", "dead")
+    lines = [f"{'recovery of true features':28}{'seeds':>6}" + "".join(f"{n:>20}" for n in names)]
+    for method, mine in by(rows, "method").items():
+        cells = "".join(f"{statistics.mean(r[n] for r in mine):20.4f}" for n in names)
+        lines.append(f"{method:28}{len(mine):6}{cells}")
+    return "\n".join(lines)
+
+
+def by(rows: Iterable[Row], name: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[name], []).append(row)
+    return found

@@ -1,0 +1,91 @@
+"""The quality benchmark from end to end on a tiny model, and what its tables say."""
+
+import json
+
+import pytest
+
+pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
+
+from bench.quality import __main__ as quality
+from bench.quality import data, synthetic
+from bench.quality.report import interval, report
+from bench.quality.search import SPACES, trial
+from tiny_models import save_tiny_llama
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    folder = save_tiny_llama(tmp_path / "model")
+    source = data.Source("tiny", 1, 2, lambda: folder)
+    monkeypatch.setitem(data.SOURCES, "tiny", source)
+    monkeypatch.setattr(data, "TRAIN_TOKENS", 5000)
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    monkeypatch.setattr("bench.record.RESULTS", tmp_path)
+    monkeypatch.setattr(quality, "K", 8)
+    return ["--sources", "tiny", "--cache", str(tmp_path / "cache"), "--tokens", "8192"]
+
+
+def rows_in(folder):
+    return [json.loads(line) for line in (folder / "quality.jsonl").read_text().splitlines()]
+
+
+def test_every_part_resumes_and_is_told(tiny, tmp_path, capsys):
+    few = ["--trials", "2", "--seeds", "2"]
+    quality.main([*tiny, *few, "--parts", "search", "compare", "ablation"])
+    rows = rows_in(tmp_path)
+    names = [row["bench"] for row in rows]
+    assert names.count("quality-search") == 4
+    assert names.count("quality") == 2 * 3 * 2  # architectures, methods, seeds
+    assert names.count("quality-ablation") == 2 * len(quality.ABLATIONS)
+    compared = [row for row in rows if row["bench"] == "quality"]
+    assert all(0 < row["fvu"] < 10 and row["l0"] <= 8.5 for row in compared)
+    assert all(("decoder_match" in row) == (row["seed"] == 1) for row in compared)
+    tuned = [row for row in compared if row["method"] == "sae-lens-tuned"]
+    tried = [r for r in rows if r["bench"] == "quality-search" and r["library"] == "sae-lens"]
+    best = min(tried, key=lambda row: row["fvu"])
+    assert all(row["options"] == best["options"] for row in tuned)
+    capsys.readouterr()
+    quality.main([*tiny, *few, "--parts", "search", "compare", "ablation"])
+    assert rows_in(tmp_path) == rows
+    shown = capsys.readouterr().out
+    for words in ("tiny, batchtopk, F = 128", "fvu: ", "without AuxK", "search, on validation"):
+        assert words in shown
+
+
+def test_sae_lens_by_its_own_arithmetic_learns_the_same(tiny, tmp_path):
+    both = ["--methods", "sae-lens-tuned", "sae-lens-tuned-own", "--architectures", "topk"]
+    quality.main([*tiny, *both, "--seeds", "1", "--parts", "compare"])
+    accelerated, own = rows_in(tmp_path)
+    assert accelerated["fvu"] == pytest.approx(own["fvu"], rel=1e-3)
+    assert accelerated["ce_loss_score"] == pytest.approx(own["ce_loss_score"], abs=0.01)
+
+
+def test_a_known_dictionary_is_recovered(monkeypatch):
+    monkeypatch.setattr(synthetic, "FEATURES", 64)
+    monkeypatch.setattr(synthetic, "WIDTH", 32)
+    monkeypatch.setattr(synthetic, "K", 3)
+    monkeypatch.setattr(synthetic, "ROWS", 60_000)
+    monkeypatch.setattr(synthetic, "EVALUATED", 4096)
+    found = synthetic.recovery("fastsae", {}, "topk", 0)
+    untrained = synthetic.recovery("fastsae", {"lr": 1e-9}, "topk", 0)
+    assert found["mcc"] > 0.8 > untrained["mcc"]
+    assert found["f1"] > untrained["f1"]
+
+
+def test_trials_are_the_same_each_time_and_within_the_space():
+    for library, space in SPACES.items():
+        assert trial(library, 3) == trial(library, 3) != trial(library, 4)
+        assert all(value in space[name] for name, value in trial(library, 5).items())
+
+
+def test_a_difference_within_its_interval_is_told_as_such():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
+    setting = {"source": "s", "architecture": "topk", "d_sae": 8, "k": 2, "tokens": 10}
+    base = {"bench": "quality", "setting": setting, "ce_loss_score": 0.9, "never_fired": 0.0}
+    rows = [
+        base | {"method": method, "seed": seed, "fvu": value + 0.01 * seed}
+        for method, value in (("fastsae", 0.18), ("sae-lens-tuned", 0.2))
+        for seed in range(3)
+    ]
+    assert "fvu: -9.53 +- 1.18 %" in report(rows)
