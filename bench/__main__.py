@@ -74,7 +74,7 @@ def curves() -> list[Row]:
 
 
 def whole_jobs() -> list[Row]:
-    return end_to_end.main(["--tokens", "30000"])
+    return end_to_end.main(["--tokens", "20480"])
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {

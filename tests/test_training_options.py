@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
+import fastsae
 from fastsae import (
     SAE,
     SAES,
@@ -131,6 +134,44 @@ def test_b_dec_starts_where_it_is_told(start):
     assert torch.equal(trainer.sae.b_dec.detach(), expected[start])
 
 
+@pytest.mark.parametrize("scaling", ["none", "layer_norm", "covariance_whitening"])
+def test_latents_start_near_rows(scaling):
+    sae = replace(topk_config(), normalize_activations=scaling, aux_loss_coefficient=0.0)
+    first, again, random = (
+        Trainer(config(sae=sae, W_dec_init=start), device="cpu")
+        for start in (None, "rows", "random")
+    )
+    norms = random.sae.decoder_norms()
+    untouched = random.sae.W_dec.detach().clone()
+    for trainer in (first, again, random):
+        trainer.initialise(ROWS.rows)
+    assert torch.equal(random.sae.W_dec, untouched)
+    W_dec = first.sae.W_dec.detach()
+    assert torch.equal(W_dec, again.sae.W_dec) and torch.equal(W_dec.t(), first.sae.W_enc)
+    assert torch.allclose(first.sae.decoder_norms(), norms)
+    rows = first.sae.prepare(first.scaling.apply(ROWS.rows)) - first.sae.b_dec.detach()
+    cosines = normalize(W_dec, dim=1) @ normalize(rows, dim=1).T
+    nearest = cosines.max(1)
+    assert float(nearest.values.min()) > 0.95
+    assert len(nearest.indices.unique()) > 0.9 * F
+    assert not torch.equal(random.sae.W_dec.t(), first.sae.W_enc)
+
+
+def test_more_latents_than_rows_start_apart():
+    trainer = Trainer(config(), device="cpu")
+    trainer.initialise(ROWS.rows[: F // 4])
+    directions = normalize(trainer.sae.W_dec.detach(), dim=1)
+    cosines = directions @ directions.T - torch.eye(F)
+    assert 0.8 < float(cosines.max(1).values.median()) < 0.99
+
+
+def test_a_transcoder_starts_at_random():
+    cfg = fastsae.TranscoderConfig(d_in=D, d_out=D, d_sae=F)
+    assert config(sae=cfg).resolved(torch.device("cpu")).W_dec_init == "random"
+    with pytest.raises(ValueError, match="W_dec_init must be 'random' for a transcoder"):
+        config(sae=cfg, W_dec_init="rows")
+
+
 @pytest.mark.parametrize("scaling", ["none", "expected_average_only_in", "covariance_whitening"])
 def test_a_run_goes_on_from_a_trained_sae(scaling):
     first = Trainer(config(sae=topk_config(normalize_activations=scaling)), device="cpu")
@@ -171,6 +212,8 @@ def test_a_wrong_option_is_named(changes, message):
         ScheduleConfig(**changes)
     with pytest.raises(ValueError, match="b_dec_init must be one of"):
         config(b_dec_init="median")
+    with pytest.raises(ValueError, match="W_dec_init must be one of"):
+        config(W_dec_init="data")
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
         config(micro_batch_size=0)
 

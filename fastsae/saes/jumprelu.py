@@ -104,7 +104,7 @@ class JumpReLUSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> RaggedCode:
         """The latents above their thresholds; leading axes of x are flattened into B rows."""
-        rows = self._prepare(x).reshape(-1, self.cfg.d_in)
+        rows = self.prepare(x).reshape(-1, self.cfg.d_in)
         return threshold_encode(
             rows,
             self.W_enc,

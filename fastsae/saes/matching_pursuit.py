@@ -57,7 +57,7 @@ class MatchingPursuitSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> RaggedCode:
         """The chosen latents; leading axes of x are flattened into B rows."""
-        return self._pursue(self._centred(self._prepare(x)))[0]
+        return self._pursue(self._centred(self.prepare(x)))[0]
 
     def pre_acts(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         raise NotImplementedError("a matching pursuit SAE has acts of several rounds, not pre-acts")

@@ -57,7 +57,7 @@ class StandardSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> RaggedCode:
         """The positive latents; leading axes of x are flattened into B rows."""
-        rows = self._prepare(x).reshape(-1, self.cfg.d_in)
+        rows = self.prepare(x).reshape(-1, self.cfg.d_in)
         return threshold_encode(rows, self.W_enc, self.b_enc, b_pre=self.b_pre, impl=self.impl)
 
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:

@@ -104,7 +104,7 @@ class TemporalSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "... L D"]) -> SparseCode | RaggedCode:
         """What is new at each position."""
-        residual, _ = self._split(self._prepare(x))
+        residual, _ = self._split(self.prepare(x))
         none = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         scaled, k = residual * self._gain, self._k
         if k is None:
@@ -114,7 +114,7 @@ class TemporalSAE(SAE):
 
     def predicted_acts(self, x: Float[Tensor, "... L D"]) -> Float[Tensor, "... L F"]:
         """Dense z_pred: the latents that the context predicts, each time its share of x."""
-        return self._split(self._prepare(x))[1]
+        return self._split(self.prepare(x))[1]
 
     def forward(self, x: Float[Tensor, "... L D"]) -> Float[Tensor, "... L D"]:
         """decode(encode(x)) and what the context predicts."""
@@ -122,13 +122,13 @@ class TemporalSAE(SAE):
         return (x_hat + self._skipped(x.to(self.dtype))).to(x.dtype)
 
     def _skipped(self, x: Tensor) -> Tensor:
-        predicted = self._split(self._prepare(x))[1] @ self.W_dec
+        predicted = self._split(self.prepare(x))[1] @ self.W_dec
         # In the units of x: rows were normalised on the way in.
         return (predicted if self._undo is None else predicted * self._undo[0]).reshape(x.shape)
 
     def pre_acts(self, x: Float[Tensor, "... L D"]) -> Float[Tensor, "... L F"]:
         """Dense scores of what is new; differentiable."""
-        return self._split(self._prepare(x))[0] * self._gain @ self.W_enc
+        return self._split(self.prepare(x))[0] * self._gain @ self.W_enc
 
     def acts_of(
         self, pre_acts: Float[Tensor, "... F"], x: Float[Tensor, "... D"]

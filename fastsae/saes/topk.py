@@ -51,7 +51,7 @@ class TopKSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "... D"]) -> SparseCode:
         # Without groups: they are of these acts, and a caller may well change the acts.
-        return self._encode(self._prepare(x), self._scale())._replace(groups=None)
+        return self._encode(self.prepare(x), self._scale())._replace(groups=None)
 
     def _encode(self, x: Tensor, scale: Tensor | None) -> SparseCode:
         return topk_encode(

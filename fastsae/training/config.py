@@ -8,6 +8,7 @@ import torch
 from fastsae.saes import SAEConfig
 from fastsae.training import defaults
 from fastsae.training.centre import CENTRES, Centre
+from fastsae.training.directions import Directions
 from fastsae.training.schedule import Schedule, lr_factor
 
 Tracking = Literal["wandb", "tensorboard", "trackio"]
@@ -166,6 +167,9 @@ class TrainConfig:
     """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
+    W_dec_init: Directions | None = None
+    """Where the latents' directions start: `random`, or near `rows` of the sample; None: near rows
+    for the TopK family, at random for others (`fastsae.training.defaults`)."""
     resample_every: int | None = None
     """Steps between two resamplings of dead latents (`fastsae.training.resampling`), up to the
     learning rate's decay; None: never, AuxK revives them."""
@@ -177,6 +181,13 @@ class TrainConfig:
         if self.b_dec_init not in CENTRES:
             raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
         _check_choice(self, "exchange", Exchanged)
+        if self.W_dec_init is not None:
+            _check_choice(self, "W_dec_init", Directions)
+        if self.W_dec_init == "rows" and "transcoder" in self.sae.architecture:
+            raise ValueError(
+                "W_dec_init must be 'random' for a transcoder, whose encoder and decoder are of "
+                "two spaces, got 'rows'"
+            )
         if self.exchange == "rows" and self.optimizer.kind != "row_adam":
             raise ValueError(
                 f"exchange must be 'auto' or 'pairs' for kind {self.optimizer.kind!r}, got 'rows'"
@@ -203,6 +214,7 @@ class TrainConfig:
             batch_size=batch_size,
             compute_dtype=self.compute_dtype or defaults.compute_dtype(device, self.sae.dtype),
             dead_window=self.dead_window or defaults.dead_window(self.total_tokens),
+            W_dec_init=self.W_dec_init or defaults.directions(self.sae.architecture),
             optimizer=replace(optimizer, lr=lr),
             schedule=self.schedule.resolved(steps, lr),
         )

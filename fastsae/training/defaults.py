@@ -1,7 +1,7 @@
 """Every default of a training run that depends on the run, in one place, with its reason."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,12 @@ def sae_fields(variant: str) -> dict[str, Any]:
     """
     own = {"standard": {"l1_coefficient": 5.0}}
     return {"normalize_activations": "expected_average_only_in", **own.get(variant, {})}
+
+
+def directions(architecture: str) -> Literal["random", "rows"]:
+    """Near rows where it was measured: FVU falls by 3 to 4 % at equal tokens, no latent dies."""
+    near_rows = architecture in ("topk", "batchtopk", "matryoshka_batchtopk")
+    return "rows" if near_rows else "random"
 
 
 def batch_size(device: torch.device, total_tokens: int) -> int:

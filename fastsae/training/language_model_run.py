@@ -277,6 +277,7 @@ def _config(
         optimizer=one.optimizer,
         schedule=one.schedule,
         b_dec_init=one.b_dec_init,
+        W_dec_init=one.W_dec_init,
         checkpoint=CheckpointConfig(keep_every=run.keep_every),
         resample_every=one.resample_every,
         exchange=run.exchange,

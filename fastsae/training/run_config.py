@@ -10,6 +10,7 @@ from fastsae.saes import SAES
 from fastsae.saes.transcoder import Transcodes
 from fastsae.training.centre import Centre
 from fastsae.training.config import Exchanged, OptimizerConfig, ScheduleConfig, Tracking
+from fastsae.training.directions import Directions
 from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 
 Distribution = Literal["split", "layers"]
@@ -71,6 +72,9 @@ class LanguageModelRun:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
+    W_dec_init: Directions | None = None
+    """Where the latents' directions start: `random`, or near `rows` of the sample; None: near rows
+    for the TopK family, at random for others."""
     finetune_from: str | None = None
     """Folder of a trained SAE, in any format that `fastsae convert` reads, to start from."""
     massive_multiple: float = 10.0

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 SET_BY_THE_RUN = ("d_in", "reshape_activations", "metadata")
 """Fields of an SAE's configuration that follow from the model, the hook and the text."""
-OWN = ("variant", "layer", "hook", "seed", "resample_every", "b_dec_init", "finetune_from")
+OWN = (
+    "variant",
+    "layer",
+    "hook",
+    "seed",
+    "resample_every",
+    "b_dec_init",
+    "W_dec_init",
+    "finetune_from",
+)
 """Fields of a run in which SAEs that are trained side by side may differ."""
 
 
