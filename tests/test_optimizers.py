@@ -206,14 +206,16 @@ class TestResampling:
         assert drawn > 15
 
     @pytest.mark.parametrize("options", [{}, {"moments": "8bit"}], ids=["float32", "8bit"])
-    def test_a_run_resamples_until_its_decay_to_the_same_bits_twice(self, options):
-        runs = []
+    def test_a_run_resamples_in_its_first_half_to_the_same_bits_twice(self, options, monkeypatch):
+        runs, seeds = [], []
+        noted = lambda *args: (seeds.append(args[-1]), resample(*args))[1]
+        monkeypatch.setattr("fastsae.training.update.resample", noted)
         for _ in range(2):
             cfg = config(
                 40,
                 sae=topk_config(aux_loss_coefficient=0.0),
                 optimizer=options,
-                schedule={"decay_steps": 20},
+                W_dec_init="random",
                 resample_every=15,
                 log={"every": 1},
             )
@@ -221,8 +223,9 @@ class TestResampling:
             trainer.fit(ROWS.from_step(0), sample=ROWS.rows, progress=lines.append)
             runs.append((trainer.sae.W_dec.detach().clone(), [line["dead"] for line in lines]))
         assert torch.equal(runs[0][0], runs[1][0])
+        assert seeds == [15, 15], "the seed of seed 0 is the step; step 30 is in the second half"
         dead = runs[0][1]
-        assert dead[13] > 0 and dead[14] == 0, "step 15 is the first of the two"
+        assert dead[13] > 0 and dead[14] == 0
         assert math.isfinite(float(runs[0][0].sum()))
 
     def test_a_batch_without_error_or_dead_latents_changes_nothing(self):

@@ -56,7 +56,10 @@ class TestDefaults:
         assert (cfg.batch_size, cfg.total_steps) == (1024, steps)
         assert cfg.optimizer.lr == pytest.approx(3e-3 / 2)
         assert cfg.schedule.warm_up_steps == steps // 16
-        assert cfg.schedule.decay_steps == steps // 2
+        assert cfg.schedule.decay_steps == steps - steps // 16
+        assert cfg.W_dec_init == "rows"
+        cosine = replace(cfg, schedule=ScheduleConfig(lr_curve="cosine")).resolved(CPU)
+        assert cosine.schedule.decay_steps == steps // 2
         assert cfg.dead_window == 100_000
         assert cfg.compute_dtype == "float32"
 

@@ -18,6 +18,7 @@ rounding), but for the method sae-lens-tuned-own, for whose training time it is 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bench.quality.data import CACHE, SOURCES, load_data, save_sample
 from bench.quality.methods import TRAINERS, Options, Setting, Watch
 from bench.quality.report import report
 from bench.quality.scores import fvu, match, score
-from bench.quality.search import ABLATIONS, KNOWN, SEED, trial
+from bench.quality.search import ABLATIONS, SEED, trial
 from bench.record import RESULTS, append
 from fastsae import SAE
 
@@ -52,26 +53,26 @@ def keep(row: Row) -> None:
     print({name: value for name, value in row.items() if name != "curve"}, flush=True)
 
 
-def tuned(source: str, tokens: int) -> Options:
-    """SAELens's best trial on the model's rows, or what is known where none was tried."""
+def tuned(setting: Setting) -> Options:
+    """SAELens's best trial on TopK SAEs of the same rows, or the one to begin with."""
     tried = [
         r
         for r in saved_rows()
         if r["bench"] == "quality-search"
         and r["library"] == "sae-lens"
-        and (r["setting"]["source"], r["setting"]["tokens"]) == (source, tokens)
+        and r["setting"] == vars(replace(setting, architecture="topk"))
     ]
-    return min(tried, key=lambda r: r["fvu"])["options"] if tried else KNOWN["sae-lens"]
+    if not tried:
+        return trial("sae-lens", 0, setting)
+    return min(tried, key=lambda r: r["fvu"])["options"]
 
 
-def recipe(method: str, source: str, tokens: int) -> tuple[str, Options]:
+def recipe(method: str, setting: Setting) -> tuple[str, Options]:
     """A library and its options."""
-    if method == "fastsae":
-        return method, {}
-    if method == "sae-lens":
+    if method in TRAINERS:
         return method, {}
     own = {"own": True} if method.endswith("-own") else {}
-    return "sae-lens", {**tuned(source, tokens), **own}
+    return "sae-lens", {**tuned(setting), **own}
 
 
 class Bench:
@@ -95,7 +96,7 @@ class Bench:
     def search(self, setting: Setting, trials: int) -> None:
         for number in range(trials):
             for library in TRAINERS:
-                options = trial(library, number)
+                options = trial(library, number, setting)
                 row = {"bench": "quality-search", "setting": vars(setting), "library": library}
                 row |= {"trial": number, "options": options}
                 if not is_done(row):
@@ -115,7 +116,7 @@ class Bench:
                 row = {"bench": "quality", "setting": vars(setting), "method": method, "seed": seed}
                 if is_done(row):
                     continue
-                library, options = recipe(method, setting.source, setting.tokens)
+                library, options = recipe(method, setting)
                 clock = Watch(validation=self.data.validation.kept)
                 outcome = TRAINERS[library](setting, self.data.train, seed, clock, options)
                 clock.measure(outcome.sae)
@@ -139,7 +140,7 @@ class Bench:
 
 
 def synthetic(seeds: int, architectures: list[str]) -> None:
-    from bench.quality.synthetic import ROWS, recovery, setting_of
+    from bench.quality.synthetic import recovery, setting_of
 
     for architecture in architectures:
         for seed in range(seeds):
@@ -148,7 +149,7 @@ def synthetic(seeds: int, architectures: list[str]) -> None:
                 row = {"bench": "quality-synthetic", "setting": vars(setting), "method": method}
                 row["seed"] = seed
                 if not is_done(row):
-                    library, options = recipe(method, setting.source, ROWS)
+                    library, options = recipe(method, setting)
                     keep(row | recovery(library, options, architecture, seed))
 
 

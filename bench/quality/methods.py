@@ -1,9 +1,8 @@
 """Who trains: fastsae and SAELens, each by its own trainer on the same rows in the same order."""
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from bench.clock import Clock, held_out_fvu
 from bench.providers.base import quiet
 from bench.providers.sae_lens import sae_lens_config
-from fastsae import SAE, OptimizerConfig, TrainConfig, Trainer
+from fastsae import SAE, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from fastsae.data.batches import ShuffledRows
 from fastsae.saes import SAES
 
@@ -63,11 +62,12 @@ Options = dict[str, Any]
 def train_fastsae(
     setting: Setting, rows: Tensor, seed: int, clock: Watch, options: Options
 ) -> Outcome:
-    """Options: batch_size, lr, betas, warm_up, decay (shares), and fields of the SAE's config."""
+    """Options: batch_size, lr, beta2, W_dec_init, warm_up and decay (shares), batch_factor and
+    lr_factor (of the default), and fields of the SAE's configuration."""
     options = dict(options)
-    batch_size = options.pop("batch_size", None)
-    optimizer = {n: options.pop(n) for n in ("lr", "betas", "kind") if n in options}
-    shares = {n: options.pop(n) for n in ("warm_up", "decay") if n in options}
+    taken = lambda *names: {name: options.pop(name) for name in names if name in options}
+    shares, factors = taken("warm_up", "decay"), taken("batch_factor", "lr_factor")
+    optimizer, betas, rest = taken("lr"), taken("beta2"), taken("batch_size", "W_dec_init")
     sae_cfg = SAES[setting.architecture].config_class.from_dict(
         {
             "d_in": rows.shape[1],
@@ -80,12 +80,24 @@ def train_fastsae(
     run = TrainConfig(
         sae=sae_cfg,
         total_tokens=setting.tokens,
-        batch_size=batch_size,
         seed=seed,
         optimizer=OptimizerConfig(**optimizer),
-    ).resolved(torch.device("cpu"))
-    steps = {f"{name}_steps": round(share * run.total_steps) for name, share in shares.items()}
-    run = dataclasses.replace(run, schedule=dataclasses.replace(run.schedule, **steps))
+        **rest,
+    )
+    cpu = torch.device("cpu")
+    default = run.resolved(cpu)
+    batch_size = round((default.batch_size or 1) * factors.get("batch_factor", 1))
+    beta1, beta2 = default.optimizer.betas
+    found = replace(
+        default.optimizer,
+        lr=(default.optimizer.lr or 0) * factors.get("lr_factor", 1),
+        betas=(beta1, betas.get("beta2", beta2)),
+    )
+    steps = setting.tokens // batch_size
+    schedule = {f"{name}_steps": round(share * steps) for name, share in shares.items()}
+    run = replace(
+        run, batch_size=batch_size, optimizer=found, schedule=ScheduleConfig(**schedule)
+    ).resolved(cpu)
     trainer = Trainer(run, device="cpu")
     clock.every = max(1, run.total_steps // CURVE_STEPS)
     batches = ShuffledRows(rows, run.batch_size or 1, seed)
@@ -107,7 +119,8 @@ def train_fastsae(
 def train_sae_lens(
     setting: Setting, rows: Tensor, seed: int, clock: Watch, options: Options
 ) -> Outcome:
-    """Options: batch_size, lr, warm_up, decay (shares), dead_share, and fields of the SAE's config.
+    """Options: batch_size, lr, beta2, warm_up, decay and dead_share (shares), and fields of the
+    SAE's configuration.
 
     `own=True` computes with SAELens's own arithmetic; otherwise `accelerate` puts ours inside its
     trainer, whose losses and gradients are the same to rounding, to save most of the time.
@@ -123,15 +136,16 @@ def train_sae_lens(
     shares = {name: round(options.pop(name) * steps) for name in ("warm_up", "decay")}
     dead_share = options.pop("dead_share", None)
     window = 1000 if dead_share is None else max(1, round(dead_share * steps))
-    own = options.pop("own", False)
+    own, beta2 = options.pop("own", False), options.pop("beta2", 0.999)
     torch.manual_seed(seed)
     sae_class, config_class = get_sae_training_class(setting.architecture)
     sae = sae_class(config_class(d_in=rows.shape[1], d_sae=setting.d_sae, k=setting.k, **options))
     with quiet():
-        cfg = dataclasses.replace(
+        cfg = replace(
             sae_lens_config(steps * batch_size, batch_size, lr, dead_window=window),
             lr_warm_up_steps=shares["warm_up"],
             lr_decay_steps=shares["decay"],
+            adam_beta2=beta2,
             feature_sampling_window=steps + 1,  # it forgets then what has fired
         )
     scaled = sae.cfg.normalize_activations == "expected_average_only_in"

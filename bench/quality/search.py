@@ -2,62 +2,66 @@
 
 import random
 
-from bench.quality.methods import Options
+import torch
+
+from bench.quality.methods import Options, Setting
+from fastsae import TopKConfig, TrainConfig
 
 SEED = 1000
 """Of the trials: not one that the comparison trains with."""
-SPACES: dict[str, dict[str, tuple]] = {
-    "sae-lens": {
-        "batch_size": (512, 1024, 2048),
-        "lr": (5e-4, 1e-3, 2e-3, 4e-3),
-        "warm_up": (0.02, 0.06, 0.12),
-        "decay": (0.25, 0.5, 0.8),
-        "decoder_init_norm": (0.1, 0.3),
-        "dead_share": (0.1,),
-        "normalize_activations": ("expected_average_only_in",),
-    },
-    "fastsae": {
-        "batch_size": (512, 1024, 2048),
-        "lr": (1e-3, 2e-3, 3e-3, 4e-3),
-        "warm_up": (0.02, 0.06, 0.12),
-        "decay": (0.25, 0.5, 0.8),
-        "decoder_init_norm": (0.1, 0.3),
-    },
+SCHEDULES: dict[str, tuple] = {
+    "batch_size": (256, 512, 1024),
+    "lr": (1e-3, 2e-3, 3e-3, 4e-3),
+    "warm_up": (0.02, 0.06, 0.12),
+    "decay": (0.25, 0.5, 0.85),
+    "beta2": (0.99, 0.999),
+    "decoder_init_norm": (0.1, 0.3),
 }
-"""A library -> a hyperparameter -> the values that are drawn from."""
-KNOWN: dict[str, Options] = {
-    "sae-lens": {
-        "batch_size": 1024,
-        "lr": 1e-3,
-        "warm_up": 0.06,
-        "decay": 0.25,
-        "dead_share": 0.1,
-        "normalize_activations": "expected_average_only_in",
-    },
-    "fastsae": {},
-}
-"""The first trial: what somebody who knows the library would take, and our defaults."""
+"""A hyperparameter -> the values that are drawn from; shares are of the run's steps."""
+SCALED: Options = {"normalize_activations": "expected_average_only_in", "dead_share": 0.1}
+"""Of every trial of SAELens, as of our defaults."""
 
 
-def trial(library: str, number: int) -> Options:
-    """The options of a trial, from 0."""
-    if number == 0:
-        return KNOWN[library]
+def trial(library: str, number: int, setting: Setting) -> Options:
+    """The options of a trial, from 0.
+
+    The first of ours are our defaults, of SAELens's what somebody who knows it would take; its
+    second is our schedule. The others are drawn.
+    """
+    if library == "fastsae" and number == 0:
+        return {}
+    if library == "sae-lens" and number < 2:
+        known = {"batch_size": 1024, "lr": 1e-3, "warm_up": 0.06, "decay": 0.25}
+        return {**SCALED, **(our_schedule(setting) if number else known)}
     draw = random.Random(f"{library}:{number}")
-    return {name: draw.choice(values) for name, values in SPACES[library].items()}
+    drawn = {name: draw.choice(values) for name, values in SCHEDULES.items()}
+    return drawn if library == "fastsae" else {**SCALED, **drawn}
+
+
+def our_schedule(setting: Setting) -> Options:
+    """What SAELens can take of our defaults."""
+    sae = TopKConfig(d_in=1, d_sae=setting.d_sae, k=setting.k)
+    run = TrainConfig(sae=sae, total_tokens=setting.tokens).resolved(torch.device("cpu"))
+    return {
+        "batch_size": run.batch_size,
+        "lr": run.optimizer.lr,
+        "beta2": run.optimizer.betas[1],
+        "warm_up": (run.schedule.warm_up_steps or 0) / run.total_steps,
+        "decay": (run.schedule.decay_steps or 0) / run.total_steps,
+    }
 
 
 ABLATIONS: dict[str, Options] = {
     "the defaults": {},
-    "batch of 512": {"batch_size": 512},
-    "batch of 2048": {"batch_size": 2048},
-    "lr / 2": {"lr": 1.5e-3},
-    "lr * 2": {"lr": 6e-3},
-    "decay over the last quarter": {"decay": 0.25},
-    "decay over the last 80 %": {"decay": 0.8},
+    "directions at random": {"W_dec_init": "random"},
+    "constant lr, decay over the last half": {"decay": 0.5},
+    "constant lr, decay over the last quarter": {"decay": 0.25},
     "no warm-up": {"warm_up": 0.0},
-    "betas 0.9, 0.99": {"betas": (0.9, 0.99)},
-    "betas 0, 0.999": {"betas": (0.0, 0.999)},
+    "beta2 0.999": {"beta2": 0.999},
+    "lr / 2": {"lr_factor": 0.5},
+    "lr * 1.5": {"lr_factor": 1.5},
+    "batch / 2": {"batch_factor": 0.5},
+    "batch * 2": {"batch_factor": 2},
     "without AuxK": {"aux_loss_coefficient": 0.0},
     "ranked without decoder norms": {"rescale_acts_by_decoder_norm": False},
     "rows as they are": {"normalize_activations": "none"},

@@ -103,12 +103,10 @@ class Update:
         return self.mesh.gather(rows.to(self.device), "tp").flatten(0, 1)
 
     def _resample(self, loss: SAELoss) -> None:
-        every, decay = self.cfg.resample_every, self.cfg.schedule.decay_steps or 0
-        if (
-            every
-            and self.steps_done % every == 0
-            and self.steps_done <= self.cfg.total_steps - decay
-        ):
+        every = self.cfg.resample_every
+        # Later ones would have too little of the run left to learn.
+        due = every and self.steps_done % every == 0
+        if due and self.steps_done <= self.cfg.total_steps // 2:
             seed = self.cfg.seed * 1_000_003 + self.steps_done
             revived = resample(self.sae, self.optimizer, loss, self.dead.dead(), seed)
             self.dead.start_again(revived)
