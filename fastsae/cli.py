@@ -56,6 +56,8 @@ class Eval:
     """Evaluate on every document, not only on the tenth that `train` holds out."""
     tokens: int = 16_384
     """Held-out tokens."""
+    drop_special: bool | None = None
+    """Leave out the rows of the tokenizer's special tokens; None: as in training, or True."""
     massive_multiple: float | None = None
     """Rows above this multiple of the median norm are left out; None: as in training, or 10."""
     device: str = "auto"
@@ -125,11 +127,13 @@ def evaluate_saved(args: Eval) -> None:
     held_out = text if args.all_documents else split_documents(text, seed=seed)[1]
     length = metadata.get("context_size") or 128
     tokens = tokenize(held_out, lm.tokenizer, context_size=length, n_tokens=args.tokens)
+    special = metadata.get("drop_special", True) if args.drop_special is None else args.drop_special
     with ProgressBar() as bar:
         activations = harvest(
             lm,
             hook,
             tokens,
+            drop_special=special,
             massive_multiple=args.massive_multiple or metadata.get("massive_multiple") or 10.0,
             progress=lambda done, total: bar("harvest", done, total, {}),
         )
@@ -150,7 +154,7 @@ def evaluate_saved(args: Eval) -> None:
 
 MUST_AGREE = (
     *("hook_name", "model_name", "dataset_path", "dataset_split", "text_column"),
-    *("held_out_seed", "context_size", "massive_multiple"),
+    *("held_out_seed", "context_size", "drop_special", "massive_multiple"),
 )
 """What SAEs that are evaluated on the same rows have in common."""
 

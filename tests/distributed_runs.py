@@ -24,6 +24,7 @@ from fastsae.distributed.assembly import latent_axis
 from fastsae.distributed.export import write_shards
 from fastsae.distributed.mesh import Mesh, join_processes, leave_processes
 from fastsae.distributed.shards import LatentShards
+from fastsae.training import directions
 from fastsae.training.group import TrainerGroup
 from fastsae.training.trainer import Trainer
 from fastsae_kernels import RowGrad, batch_topk_encode, topk_encode
@@ -255,6 +256,18 @@ def bad_rows(mesh: Mesh) -> list[str]:
     return mesh_objects(mesh, said)
 
 
+def start_of(mesh: Mesh | None) -> torch.Tensor:
+    """[parts of the batch, F, D]: everyone's W_dec where each process has a sample of its own."""
+    trainer = Trainer(run_config("topk"), device="cpu", mesh=mesh)
+    mesh, block = trainer.mesh, directions.BLOCK
+    directions.BLOCK = 7  # no shard ends where a block does
+    try:
+        trainer.initialise(sparse_rows(60 - 10 * mesh.rank, seed=mesh.rank))
+    finally:
+        directions.BLOCK = block
+    return mesh.gather(whole(trainer, "W_dec", trainer.sae.W_dec.detach()), "dp")
+
+
 def mesh_objects(mesh: Mesh, mine: Any) -> list[Any]:
     everyone: list[Any] = [None] * mesh.size
     dist.all_gather_object(everyone, mine)
@@ -329,6 +342,7 @@ def parity(folder: Path, world: int) -> None:
         results["selections"] = selections(mesh)
         results["disagreements"] = disagreements(mesh)
         results["bad rows"] = bad_rows(mesh)
+        results["start"] = start_of(mesh)
         checkpoints(folder, mesh)
         side_by_side(folder, mesh)
         if mesh.is_first:

@@ -79,6 +79,24 @@ def test_what_cannot_be_accelerated_is_named():
         accelerate(inference)
 
 
+@pytest.mark.parametrize("architecture", CASES)
+def test_it_is_copied_and_saved(architecture, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
+    from fastsae.interop.sae_lens import accelerate
+
+    sae_class, config_class = sae_lens.registry.get_sae_training_class(architecture)
+    sae = accelerate(sae_class(config_class(d_in=D, d_sae=F, **CASES[architecture])))
+    trainer_of(sae).step(torch.randn(B, D))
+    x = torch.randn(5, D)
+    again = copy.deepcopy(sae)
+    assert type(again) is type(sae) and torch.equal(again.encode(x), sae.encode(x))
+    sae.save_model(tmp_path / "training")
+    again = sae_lens.TrainingSAE.load_from_disk(tmp_path / "training")
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in sae.state_dict().items())
+    sae.save_inference_model(tmp_path / "inference")
+    assert sae_lens.SAE.load_from_disk(tmp_path / "inference").cfg.d_sae == F
+
+
 def test_a_copy_trains_itself():
     sae_lens = pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
     from fastsae.interop.sae_lens import accelerate

@@ -23,6 +23,7 @@ from distributed_runs import (
     B,
     run,
     run_config,
+    start_of,
     steps_of,
 )
 from distributed_runs import fit as fit_alone
@@ -286,6 +287,14 @@ class TestFailure:
         for said in found["disagreements"]:
             assert said == "seed must be the same on every process, got 0 on rank 0 and 1 on rank 1"
         assert all("activations must be finite" in said for said in found["bad rows"])
+
+    @pytest.mark.parametrize(("world", "mesh"), ON_EVERY_MESH, ids=label)
+    def test_latents_start_near_the_first_processs_rows(self, results, world, mesh):
+        found = results(world, mesh)[0]["start"]
+        (alone,) = start_of(None)
+        assert len(found) == mesh[0]
+        for W_dec in found:
+            assert torch.allclose(W_dec, alone, atol=1e-6)
 
 
 class TestRules:

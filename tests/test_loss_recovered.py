@@ -65,7 +65,7 @@ def written_out(lm: LanguageModel, hook, change, keep: Tensor) -> tuple[float, f
 
 def test_losses_equal_those_written_out(lm: LanguageModel, hook, row_filter: RowFilter):
     result = loss_recovered(lm, hook, TOKENS, shrink, row_filter=row_filter, kl=True)
-    trained = row_filter.keep(capture(lm, hook, TOKENS))
+    trained = row_filter.keep(capture(lm, hook, TOKENS), TOKENS)
     every = torch.ones_like(trained)
     assert result.every_position is not None
     for loss, keep in ((result.trained_rows, trained), (result.every_position, every)):
@@ -98,7 +98,7 @@ def test_several_share_the_passes_that_none_of_them_changes(
     assert together == {
         n: loss_recovered(lm, hook, TOKENS, c, **options) for n, c in changes.items()
     }
-    trained = row_filter.keep(capture(lm, hook, TOKENS))
+    trained = row_filter.keep(capture(lm, hook, TOKENS), TOKENS)
     ce, kl = written_out(lm, hook, lambda x: mean.expand_as(x), trained)
     loss = together["half"].trained_rows
     assert (loss.ce_mean_ablated, loss.kl_mean_ablated) == pytest.approx((ce, kl), rel=1e-5)

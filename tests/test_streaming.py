@@ -41,7 +41,7 @@ def streamed(lm, stories, whole):
     def make(**changes):
         options = {
             "context_size": 32,
-            "rules": RowRules(massive_multiple=None),
+            "rules": RowRules(dropped_tokens=lm.special_ids, massive_multiple=None),
             "median_norms": {name: rows.median_norm for name, rows in whole.items()},
             "buffer_rows": 600,
             **changes,

@@ -88,6 +88,7 @@ class TestDefaults:
             batch_size=100,
             dead_window=7,
             compute_dtype="bfloat16",
+            W_dec_init="random",
             optimizer=OptimizerConfig(lr=0.5),
             schedule=schedule,
         )

@@ -160,8 +160,8 @@ def test_the_saved_sae_is_evaluated_on_the_harvests_held_out_text(run, capsys):
     trained = train_side_by_side(run)[""]
     main(["eval", "--sae", str(run.out / "sae"), "--tokens", "1000", "--device", "cpu"])
     fvu = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FVU"))
-    # The harvest's rows are rounded to bfloat16.
-    assert float(fvu.split()[1]) == pytest.approx(trained.report["rows"]["fvu"], rel=0.02)
+    # The harvest's rows are rounded to bfloat16, which is 0.0003 of their variance.
+    assert float(fvu.split()[1]) == pytest.approx(trained.report["rows"]["fvu"], abs=5e-4)
 
 
 def test_several_places_train_side_by_side(run):

@@ -26,14 +26,16 @@ from bench.quality.data import CACHE, SOURCES, load_data, save_sample
 from bench.quality.methods import TRAINERS, Options, Setting, Watch
 from bench.quality.report import report
 from bench.quality.scores import fvu, match, score
-from bench.quality.search import ABLATIONS, SEED, trial
+from bench.quality.search import ABLATIONS, SEED, our_defaults, trial
 from bench.record import RESULTS, append
 from fastsae import SAE
 
 FILE = "quality"
 PARTS = ("search", "compare", "ablation", "synthetic")
 METHODS = ("fastsae", "sae-lens", "sae-lens-tuned", "sae-lens-tuned-own")
-DEFAULT_METHODS = METHODS[:3]
+COMPARED = METHODS[:3]
+ON_SYNTHETIC = ("fastsae", "sae-lens", "sae-lens-our-schedule")
+"""No search is made there."""
 EXPANSION, K = 8, 32
 Row = dict[str, Any]
 
@@ -54,7 +56,7 @@ def keep(row: Row) -> None:
 
 
 def tuned(setting: Setting) -> Options:
-    """SAELens's best trial on TopK SAEs of the same rows, or the one to begin with."""
+    """SAELens's best trial on TopK SAEs of the same rows."""
     tried = [
         r
         for r in saved_rows()
@@ -63,14 +65,21 @@ def tuned(setting: Setting) -> Options:
         and r["setting"] == vars(replace(setting, architecture="topk"))
     ]
     if not tried:
-        return trial("sae-lens", 0, setting)
+        raise SystemExit(
+            f"SAELens must be tuned before it is compared with, got no trial for {setting}: "
+            "--parts search --architectures topk"
+        )
     return min(tried, key=lambda r: r["fvu"])["options"]
 
 
 def recipe(method: str, setting: Setting) -> tuple[str, Options]:
-    """A library and its options."""
-    if method in TRAINERS:
+    """A library and its options; of ours, what the defaults are now."""
+    if method == "fastsae":
+        return method, our_defaults(setting)
+    if method == "sae-lens":
         return method, {}
+    if method == "sae-lens-our-schedule":
+        return "sae-lens", trial("sae-lens", 1, setting)
     own = {"own": True} if method.endswith("-own") else {}
     return "sae-lens", {**tuned(setting), **own}
 
@@ -104,23 +113,25 @@ class Bench:
 
     def ablation(self, setting: Setting, seeds: int) -> None:
         for seed in range(SEED, SEED + seeds):
-            for change, options in ABLATIONS.items():
+            for change, changed in ABLATIONS.items():
+                options = {**our_defaults(setting), **changed}
                 row = {"bench": "quality-ablation", "setting": vars(setting)}
-                row |= {"change": change, "seed": seed}
+                row |= {"change": change, "seed": seed, "options": options}
                 if not is_done(row):
                     keep(row | self.validated(setting, "fastsae", options, seed))
 
     def compare(self, setting: Setting, methods: list[str], seeds: int) -> None:
         for seed in range(seeds):
             for method in methods:
+                library, options = recipe(method, setting)
                 row = {"bench": "quality", "setting": vars(setting), "method": method, "seed": seed}
+                row["options"] = options
                 if is_done(row):
                     continue
-                library, options = recipe(method, setting)
                 clock = Watch(validation=self.data.validation.kept)
                 outcome = TRAINERS[library](setting, self.data.train, seed, clock, options)
                 clock.measure(outcome.sae)
-                row |= {"options": options, "never_fired": outcome.never_fired}
+                row["never_fired"] = outcome.never_fired
                 row |= score(outcome.sae, self.data, self.source, *self.language_model())
                 folder = self._folder(setting, method)
                 outcome.sae.save_model(folder / f"{seed}")
@@ -144,21 +155,20 @@ def synthetic(seeds: int, architectures: list[str]) -> None:
 
     for architecture in architectures:
         for seed in range(seeds):
-            for method in DEFAULT_METHODS:
+            for method in ON_SYNTHETIC:
                 setting = setting_of(architecture)
+                library, options = recipe(method, setting)
                 row = {"bench": "quality-synthetic", "setting": vars(setting), "method": method}
-                row["seed"] = seed
+                row |= {"seed": seed, "options": options}
                 if not is_done(row):
-                    library, options = recipe(method, setting)
                     keep(row | recovery(library, options, architecture, seed))
 
 
-def runs(args: argparse.Namespace) -> Iterator[tuple[Bench, str, int]]:
+def runs(args: argparse.Namespace) -> Iterator[tuple[Bench, int]]:
     for source in args.sources:
         bench = Bench(source, args.cache)
         for tokens in args.tokens:
-            for architecture in args.architectures:
-                yield bench, architecture, tokens
+            yield bench, tokens
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -171,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--architectures", nargs="+", default=["topk", "batchtopk"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[800_000, 400_000])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -181,16 +191,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.sample:
         return save_sample(load_data(SOURCES["smollm2-135m"], args.cache).train)
     if not args.report:
-        for bench, architecture, tokens in runs(args):
-            setting = bench.setting(architecture, tokens)
-            # What is found on TopK is used for the others too.
-            first = (architecture, tokens) == (args.architectures[0], args.tokens[0])
-            if "search" in args.parts and architecture == "topk":
-                bench.search(setting, args.trials)
+        for bench, tokens in runs(args):
+            topk = bench.setting("topk", tokens)
+            if "search" in args.parts:  # what is found on TopK is used for the others too
+                bench.search(topk, args.trials)
             if "compare" in args.parts:
-                bench.compare(setting, args.methods, args.seeds)
-            if "ablation" in args.parts and first:
-                bench.ablation(setting, args.seeds)
+                for architecture in args.architectures:
+                    bench.compare(bench.setting(architecture, tokens), args.methods, args.seeds)
+            if "ablation" in args.parts:
+                bench.ablation(topk, args.seeds)
         if "synthetic" in args.parts:
             synthetic(args.seeds, args.architectures)
     print(report(saved_rows()))

@@ -62,42 +62,27 @@ Options = dict[str, Any]
 def train_fastsae(
     setting: Setting, rows: Tensor, seed: int, clock: Watch, options: Options
 ) -> Outcome:
-    """Options: batch_size, lr, beta2, W_dec_init, warm_up and decay (shares), batch_factor and
-    lr_factor (of the default), and fields of the SAE's configuration."""
-    options = dict(options)
-    taken = lambda *names: {name: options.pop(name) for name in names if name in options}
-    shares, factors = taken("warm_up", "decay"), taken("batch_factor", "lr_factor")
-    optimizer, betas, rest = taken("lr"), taken("beta2"), taken("batch_size", "W_dec_init")
+    """Options: batch_size, lr, beta2, warm_up and decay, as `search.our_defaults` has them, what to
+    multiply the first two by (batch_factor, lr_factor), W_dec_init, fields of the SAE's config."""
+    rest = dict(options)
+    batch_size = round(rest.pop("batch_size") * rest.pop("batch_factor", 1))
+    lr, beta2 = rest.pop("lr") * rest.pop("lr_factor", 1), rest.pop("beta2")
+    steps = setting.tokens // batch_size
+    warm_up, decay = (round(rest.pop(name) * steps) for name in ("warm_up", "decay"))
+    W_dec_init = rest.pop("W_dec_init", None)
+    shape = {"d_in": rows.shape[1], "d_sae": setting.d_sae, "k": setting.k}
     sae_cfg = SAES[setting.architecture].config_class.from_dict(
-        {
-            "d_in": rows.shape[1],
-            "d_sae": setting.d_sae,
-            "k": setting.k,
-            "normalize_activations": "expected_average_only_in",
-            **options,
-        }
+        {**shape, "normalize_activations": "expected_average_only_in", **rest}
     )
     run = TrainConfig(
         sae=sae_cfg,
         total_tokens=setting.tokens,
+        batch_size=batch_size,
         seed=seed,
-        optimizer=OptimizerConfig(**optimizer),
-        **rest,
+        optimizer=OptimizerConfig(lr=lr, betas=(0.9, beta2)),
+        schedule=ScheduleConfig(warm_up_steps=warm_up, decay_steps=decay),
+        W_dec_init=W_dec_init,
     )
-    cpu = torch.device("cpu")
-    default = run.resolved(cpu)
-    batch_size = round((default.batch_size or 1) * factors.get("batch_factor", 1))
-    beta1, beta2 = default.optimizer.betas
-    found = replace(
-        default.optimizer,
-        lr=(default.optimizer.lr or 0) * factors.get("lr_factor", 1),
-        betas=(beta1, betas.get("beta2", beta2)),
-    )
-    steps = setting.tokens // batch_size
-    schedule = {f"{name}_steps": round(share * steps) for name, share in shares.items()}
-    run = replace(
-        run, batch_size=batch_size, optimizer=found, schedule=ScheduleConfig(**schedule)
-    ).resolved(cpu)
     trainer = Trainer(run, device="cpu")
     clock.every = max(1, run.total_steps // CURVE_STEPS)
     batches = ShuffledRows(rows, run.batch_size or 1, seed)

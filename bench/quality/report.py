@@ -8,7 +8,7 @@ from typing import Any
 from bench.clock import seconds_to
 
 Row = dict[str, Any]
-T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Of Student's t at 97.5 %, by the number of seeds."""
 COLUMNS = {
     "fvu": ("FVU", ".4f"),

@@ -5,7 +5,7 @@ import random
 import torch
 
 from bench.quality.methods import Options, Setting
-from fastsae import TopKConfig, TrainConfig
+from fastsae import SAES, TrainConfig
 
 SEED = 1000
 """Of the trials: not one that the comparison trains with."""
@@ -28,19 +28,22 @@ def trial(library: str, number: int, setting: Setting) -> Options:
     The first of ours are our defaults, of SAELens's what somebody who knows it would take; its
     second is our schedule. The others are drawn.
     """
+    ours = our_defaults(setting)
     if library == "fastsae" and number == 0:
-        return {}
+        return ours
     if library == "sae-lens" and number < 2:
-        known = {"batch_size": 1024, "lr": 1e-3, "warm_up": 0.06, "decay": 0.25}
-        return {**SCALED, **(our_schedule(setting) if number else known)}
+        known = {"batch_size": 1024, "lr": 1e-3, "beta2": 0.999, "warm_up": 0.06, "decay": 0.25}
+        return {**SCALED, **({n: ours[n] for n in known} if number else known)}
     draw = random.Random(f"{library}:{number}")
     drawn = {name: draw.choice(values) for name, values in SCHEDULES.items()}
     return drawn if library == "fastsae" else {**SCALED, **drawn}
 
 
-def our_schedule(setting: Setting) -> Options:
-    """What SAELens can take of our defaults."""
-    sae = TopKConfig(d_in=1, d_sae=setting.d_sae, k=setting.k)
+def our_defaults(setting: Setting) -> Options:
+    """Written out, so that rows say what the defaults were when they were made."""
+    sae = SAES[setting.architecture].config_class.from_dict(
+        {"d_in": 1, "d_sae": setting.d_sae, "k": setting.k}
+    )
     run = TrainConfig(sae=sae, total_tokens=setting.tokens).resolved(torch.device("cpu"))
     return {
         "batch_size": run.batch_size,
@@ -48,6 +51,7 @@ def our_schedule(setting: Setting) -> Options:
         "beta2": run.optimizer.betas[1],
         "warm_up": (run.schedule.warm_up_steps or 0) / run.total_steps,
         "decay": (run.schedule.decay_steps or 0) / run.total_steps,
+        "W_dec_init": run.W_dec_init,
     }
 
 

@@ -108,9 +108,10 @@ class Accelerated:
         )
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """safetensors refuses a W_enc that is not contiguous."""
+        """safetensors refuses tensors that are not contiguous, as W_enc is."""
         super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+        for name, tensor in state_dict.items():
+            state_dict[name] = tensor.contiguous()
 
 
 @cache
@@ -118,7 +119,7 @@ def accelerated_class(sae_class: type) -> type:
     """`sae_class` of SAELens with our step inside; one that has it already is returned."""
     if issubclass(sae_class, Accelerated):
         return sae_class
-    return type(sae_class.__name__, (Accelerated, sae_class), {"__module__": sae_class.__module__})
+    return type(sae_class.__name__, (Accelerated, sae_class), {})
 
 
 _SHARING: WeakKeyDictionary[nn.Module, SAE] = WeakKeyDictionary()

@@ -1,6 +1,5 @@
 """Where the latents' directions start: at random, or near rows of the data."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ Directions = Literal["random", "rows"]
 BLOCK = 8192
 """Latents whose directions are made, and sent to the other processes, at once."""
 RANDOM_SHARE = 0.3
-"""Of a random direction beside 1 of a row's: latents that start at one row are not the same."""
+"""Of a random direction beside 1 of a row's: latents that start at equal rows are not the same."""
 
 
 @torch.no_grad()
@@ -24,28 +23,24 @@ def start_at_rows(sae: SAE, rows: Float[Tensor, "N D"], mesh: Mesh, seed: int) -
     """Point each latent of a tied dictionary near a row of a sample, seen from b_dec.
 
     W_dec[j] <- n_j u(u(x_i - b_dec) + RANDOM_SHARE u(W_dec[j])) and W_enc <- W_dec^T, with
-    u(v) = v / |v|, n_j the norm that W_dec[j] has, and rows i without replacement, again and again,
-    in a seeded order. The rows are those of the first process, whatever the others hold.
+    u(v) = v / |v|, n_j the norm that W_dec[j] has, and rows i in a seeded order, each once: latents
+    for which no row is left stay at random. The rows are those of the first process, whatever the
+    others hold.
     """
     rows, here = sae.prepare(rows), sae.latents
-    for latents, directions in _blocks(rows, sae.b_dec, sae.cfg.d_sae, seed):
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    for start in range(0, sae.cfg.d_sae, BLOCK):
+        latents = range(start, min(start + BLOCK, sae.cfg.d_sae))
+        directions = torch.zeros(len(latents), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        if mesh.is_first:
+            picked = rows[order[start : latents.stop].to(rows.device)]
+            directions[: len(picked)] = normalize(picked - sae.b_dec, dim=1)
         mesh.broadcast(directions)
         both = range(max(latents.start, here.start), min(latents.stop, here.stop))
         if not both:
             continue
         W_dec = sae.W_dec[both.start - here.start : both.stop - here.start]
         near = directions[both.start - latents.start : both.stop - latents.start]
-        start = normalize(near + RANDOM_SHARE * normalize(W_dec.float(), dim=1), dim=1)
-        W_dec.copy_(start * W_dec.float().norm(dim=1, keepdim=True))
+        mixed = normalize(near + RANDOM_SHARE * normalize(W_dec.float(), dim=1), dim=1)
+        W_dec.copy_(mixed * W_dec.float().norm(dim=1, keepdim=True))
         sae.W_enc.t()[both.start - here.start : both.stop - here.start].copy_(W_dec)
-
-
-def _blocks(
-    rows: Tensor, centre: Tensor, d_sae: int, seed: int
-) -> Iterator[tuple[range, Float[Tensor, "f D"]]]:
-    """Unit vectors from the centre to rows, for so many latents at a time."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    for start in range(0, d_sae, BLOCK):
-        latents = range(start, min(start + BLOCK, d_sae))
-        picked = order[torch.arange(latents.start, latents.stop) % len(rows)].to(rows.device)
-        yield latents, normalize(rows[picked] - centre, dim=1)

@@ -81,6 +81,7 @@ class ModelSource:
             "dataset_split": run.split,
             "text_column": run.text_column,
             "held_out_seed": run.seed,
+            "drop_special": run.drop_special,
             "massive_multiple": run.massive_multiple,
         }
 
@@ -131,6 +132,7 @@ class ModelSource:
             self.lm,
             [self._hooks[place] for place in places],
             tokens[contexts],
+            drop_special=run.drop_special,
             massive_multiple=run.massive_multiple,
             progress=lambda done, total: tell(name, done, total, {}),
         )
@@ -204,7 +206,8 @@ class StreamSource(ModelSource):
             run.seed,
             context_size=run.context_size,
             rules=RowRules(
-                dropped_tokens=self.lm.special_ids, massive_multiple=run.massive_multiple
+                dropped_tokens=self.lm.special_ids if run.drop_special else (),
+                massive_multiple=run.massive_multiple,
             ),
             median_norms={hook: self._rows[hook].median_norm for hook in hooks},
             buffer_rows=run.buffer_rows,
@@ -259,6 +262,7 @@ class ShardSource:
             "dataset_split": source["split"],
             "text_column": source["text_column"],
             "held_out_seed": source["seed"],
+            "drop_special": bool(source["dropped_tokens"]),
             "massive_multiple": source["massive_multiple"],
             "activations_sha256": hashlib.sha256(digests.encode()).hexdigest(),
         }

@@ -16,7 +16,7 @@ from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 Distribution = Literal["split", "layers"]
 FROM_SHARDS = (
     *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
-    *("massive_multiple", "stream", "buffer_rows", "mixing"),
+    *("drop_special", "massive_multiple", "stream", "buffer_rows", "mixing"),
 )
 """Fields of a run that mean nothing where its rows come from a harvest."""
 
@@ -77,9 +77,10 @@ class LanguageModelRun:
     for the TopK family, at random for others."""
     finetune_from: str | None = None
     """Folder of a trained SAE, in any format that `fastsae convert` reads, to start from."""
+    drop_special: bool = True
+    """Leave out the rows of the tokenizer's special tokens, wherever they stand."""
     massive_multiple: float = 10.0
-    """Rows with a norm above this multiple of the median are left out, as are first positions
-    and special tokens."""
+    """Rows with a norm above this multiple of the median are left out, as are first positions."""
     eval_tokens: int = 16_384
     """Held-out tokens to evaluate on."""
     checkpoints: int = 4
