@@ -103,7 +103,10 @@ def search(rows: list[Row]) -> str:
     lines = ["search, on validation rows"]
     for library, mine in by(rows, "library").items():
         for r in sorted(mine, key=lambda r: r["fvu"]):
-            said = ", ".join(f"{k} {v}" for k, v in r["options"].items()) or "defaults"
+            rounded = {
+                k: f"{v:.3g}" if isinstance(v, float) else v for k, v in r["options"].items()
+            }
+            said = ", ".join(f"{k} {v}" for k, v in rounded.items())
             lines.append(f"  {library:10}{r['fvu']:9.4f}{r['never_fired']:8.2%}  {said}")
     return "\n".join(lines)
 
