@@ -124,7 +124,8 @@ def train_sae_lens(
     own, beta2 = options.pop("own", False), options.pop("beta2", 0.999)
     torch.manual_seed(seed)
     sae_class, config_class = get_sae_training_class(setting.architecture)
-    sae = sae_class(config_class(d_in=rows.shape[1], d_sae=setting.d_sae, k=setting.k, **options))
+    shape: dict[str, Any] = {"d_in": rows.shape[1], "d_sae": setting.d_sae, "k": setting.k}
+    sae = sae_class(config_class(**shape, **options))
     with quiet():
         cfg = replace(
             sae_lens_config(steps * batch_size, batch_size, lr, dead_window=window),

@@ -54,9 +54,9 @@ def recovery(library: str, options: Options, architecture: str, seed: int) -> di
     rows = rows_of(features, generator, ROWS)
     setting = setting_of(architecture)
     clock = Watch(validation=rows[:1], every=10**9)
-    outcome = TRAINERS[library](setting, rows, seed, clock, options)
+    sae: Any = TRAINERS[library](setting, rows, seed, clock, options).sae
     torch.manual_seed(seed)  # all methods are shown the same rows
-    found = eval_sae_on_synthetic_data(outcome.sae, features, generator, EVALUATED, 4096)
+    found = eval_sae_on_synthetic_data(sae, features, generator, EVALUATED, 4096)
     return {
         "f1": float(found.classification.f1_score),
         "mcc": float(found.mcc),
