@@ -291,7 +291,7 @@ def their_trainer(peer, sae):
 def test_training_steps_give_the_same_weights(peer, architecture, kind):
     warm_up = {"l1_coefficient": 0.5, "l1_warm_up_steps": 6} if architecture == "standard" else {}
     ours, theirs = pair(peer, architecture, **warm_up)
-    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0)
+    optimizer = OptimizerConfig(kind=kind, lr=LR, betas=(0.9, 0.999), clip_norm=1.0)
     cfg = TrainConfig(
         sae=ours.cfg,
         total_tokens=1000 * B,

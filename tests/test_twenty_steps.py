@@ -74,7 +74,7 @@ def trainers(ours, theirs, dead_after):
         total_tokens=NEVER * B,
         batch_size=B,
         dead_window=dead_after * B,
-        optimizer=OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0),
+        optimizer=OptimizerConfig(kind=kind, lr=LR, betas=(0.9, 0.999), clip_norm=1.0),
         schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
     )
     trainer = Trainer(cfg, device="cpu")

@@ -20,7 +20,9 @@ def fastsae_step(
 ) -> Step:
     case = start.case
     sae_cfg = TopKConfig(d_in=case.D, d_sae=case.F, k=case.K)
-    optimizer = OptimizerConfig(kind=kind, lr=LR, clip_norm=1.0 if clip else None)
+    optimizer = OptimizerConfig(
+        kind=kind, lr=LR, betas=(0.9, 0.999), clip_norm=1.0 if clip else None
+    )
     trainer = Trainer(
         TrainConfig(
             sae=sae_cfg,
