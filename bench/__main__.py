@@ -22,6 +22,7 @@ from bench.cases import find_case
 from bench.providers import PEERS
 from bench.quality.__main__ import main as quality
 from bench.record import append
+from bench.rivals import OPS
 from bench.train_step import memory, show, summary, times
 
 OUT = Path("runs/bench")
@@ -55,16 +56,6 @@ def told(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def single_ops(repeats: int) -> list[Row]:
-    case = find_case(OPS_CASE)
-    limits, inputs, found = ops.ceilings(case), ops.Inputs(case, "cpu"), list[Row]()
-    for name in ops.OPS:
-        for row in ops.times(name, inputs, repeats, limits, leave_out=("torch.compile",)):
-            found.append(row | limits)
-            print(ops.line_of(row), flush=True)
-    return found
-
-
 def curves() -> list[Row]:
     return [
         row
@@ -79,7 +70,7 @@ def whole_jobs() -> list[Row]:
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "step": lambda: steps(5),
-    "ops": lambda: single_ops(3),
+    "ops": lambda: ops.told(find_case(OPS_CASE), OPS, 3, leave_out=("torch.compile",)),
     "scaling": curves,
     "pipeline": lambda: pipeline.main([]),
     "end-to-end": whole_jobs,

@@ -1,8 +1,11 @@
-"""What a training step must cost: its flop and bytes, at the ceilings measured in the same run."""
+"""What an op or a step must cost: its flop and bytes, at the ceilings measured in the same run."""
 
 from dataclasses import dataclass
 
+import torch
+
 from bench.cases import Case
+from bench.measure import interleaved
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,61 @@ def step_work(case: Case, *, half: bool) -> Work:
     B, D, F, K = case.B, case.D, case.F, case.K
     parameter, element = (26, 2) if half else (24, 4)
     return Work(2.0 * B * D * F, float(parameter * 2 * F * D + element * B * K * D))
+
+
+def op_work(name: str, case: Case, element: int) -> Work | None:
+    """What no implementation can avoid, every input read once and every output written once.
+
+    `element` is the size of rows and copies; gradients, errors, masters and moments are fp32.
+    """
+    B, D, F, K = case.B, case.D, case.F, case.K
+    product, dictionary, rows = 2.0 * B * D * F, 4.0 * F * D, float(B * D)
+    table = float(element * D * min(F, B * K))  # rows of W_dec that are read at all
+    found = {
+        "topk_encode": (product, 0.0),
+        "topk_encode fwd+bwd": (product, element * rows + dictionary),
+        "sparse_decode": (0.0, table + 4 * rows),
+        "mse_l1_loss fwd": (0.0, table + (4 + element) * rows),
+        "mse_l1_loss fwd+bwd": (0.0, table + (8 + element) * rows + dictionary),
+        "pair_dots": (0.0, table + 4 * rows),
+        "segment_sum": (0.0, 4 * rows + dictionary),
+        "row_adam": (0.0, 7 * dictionary),
+        "row_adam from pairs": (0.0, 4 * rows + 6.5 * dictionary),
+    }.get(name)
+    return None if found is None else Work(*found)
+
+
+def four_digits(value: float) -> float:
+    """Of significance: what a tiny case reaches must not round to nothing."""
+    return float(f"{value:.4g}")
+
+
+def ceilings(case: Case, device: str = "cpu") -> dict[str, float]:
+    """GFLOP/s of a product of the case's shape, GB/s of a copy and of a gather of its rows."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    columns = min(case.F, 131_072)
+    make = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    x, W, out = make(case.B, case.D), make(columns, case.D).t(), make(case.B, columns)
+    n_bytes = (4 << 30) if device == "cuda" else (64 << 20)
+    source = torch.randint(1 << 40, (n_bytes // 8,), device=device)  # int64
+    target, table = torch.empty_like(source), make(columns, case.D)
+    picked = torch.randint(columns, (case.B * min(case.K, 64),), device=device)
+    rows_out = make(len(picked), case.D)
+    seconds = interleaved(
+        {
+            "gemm": lambda: torch.mm(x, W, out=out),
+            "copy": lambda: target.copy_(source),
+            "gather": lambda: torch.index_select(table, 0, picked, out=rows_out),
+        },
+        7,
+        warm_up=3,
+        device=device,
+    )
+    best = {name: min(s) for name, s in seconds.items()}
+    flop, moved = 2 * case.B * case.D * columns, 2 * source.numel() * 8
+    gathered = 2 * rows_out.numel() * rows_out.element_size()
+    return {
+        "gemm_gflops": four_digits(flop / best["gemm"] / 1e9),
+        "copy_gbps": four_digits(moved / best["copy"] / 1e9),
+        "gather_gbps": four_digits(gathered / best["gather"] / 1e9),
+    }

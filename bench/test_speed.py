@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from bench.cases import Start, batch, find_case
-from bench.ops import OPS, Inputs
 from bench.providers import PROVIDERS, find_provider
+from bench.rivals import OPS, Inputs
 from fastsae_kernels._dispatch import interpreted
 
 pytest.importorskip("pytest_benchmark")

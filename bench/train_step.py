@@ -22,11 +22,10 @@ from torch import Tensor
 
 from bench.cases import Case, Start, batch, find_case, rows
 from bench.measure import interleaved, out_of_memory, peak_extra_bytes, quantiles
-from bench.ops import ceilings
 from bench.providers import GPU_PEERS, PEERS, PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Step
 from bench.record import append
-from bench.roofline import step_work
+from bench.roofline import ceilings, step_work
 from fastsae_kernels import release_scratch, workspace
 
 MEMORY_WORKSPACE = 32 << 20

@@ -29,6 +29,7 @@ from bench.providers.base import Provider
 from bench.report import plots
 from bench.report.page import pipeline_lines
 from bench.report.rows import committed
+from bench.rivals import OPS, Inputs
 from fastsae.data import harvest_all, resolve_hook
 from tiny_models import tiny_llama
 
@@ -36,20 +37,20 @@ ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", 12, 16, 64, 2)
 
 
-@pytest.mark.parametrize("name", ops.OPS)
+@pytest.mark.parametrize("name", OPS)
 def test_every_op_has_rivals_that_pass_parity(name, capsys):
     limits = {"gemm_gflops": 100.0, "copy_gbps": 10.0}
-    found = ops.times(name, ops.Inputs(TINY, "cpu"), 1, limits)
+    found = ops.times(name, Inputs(TINY, "cpu"), 1, limits)
     shown = capsys.readouterr().out
     assert "fails" not in shown
     assert len(found) >= 2 and found[0]["provider"] == "eager"
     assert "triton" not in [row["provider"] for row in found]  # interpreted: checked, not timed
-    assert ops.work(name, TINY, 4) is None or "roofline" in found[0]
+    assert roofline.op_work(name, TINY, 4) is None or "roofline" in found[0]
     assert name in ops.line_of(found[0])
 
 
 def test_an_op_that_differs_is_not_timed(monkeypatch, capsys):
-    original = ops.OPS["sparse_decode"]
+    original = OPS["sparse_decode"]
 
     def with_liars(t):
         def broken():
@@ -57,15 +58,15 @@ def test_an_op_that_differs_is_not_timed(monkeypatch, capsys):
 
         return original(t) | {"doubled": lambda: 2 * original(t)["eager"](), "broken": broken}
 
-    monkeypatch.setitem(ops.OPS, "sparse_decode", with_liars)
-    found = ops.times("sparse_decode", ops.Inputs(TINY, "cpu"), 1)
+    monkeypatch.setitem(OPS, "sparse_decode", with_liars)
+    found = ops.times("sparse_decode", Inputs(TINY, "cpu"), 1)
     assert {"doubled", "broken"}.isdisjoint(row["provider"] for row in found)
     shown = capsys.readouterr().out
     assert "doubled fails parity" in shown and "broken fails (RuntimeError" in shown
 
 
 def test_the_ceilings_are_positive():
-    assert all(value > 0 for value in ops.ceilings(Case("small", 64, 64, 1024, 4)).values())
+    assert all(value > 0 for value in roofline.ceilings(Case("small", 64, 64, 1024, 4)).values())
 
 
 def test_a_provider_that_fails_parity_is_not_timed(monkeypatch, capsys):

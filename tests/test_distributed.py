@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastsae
-from distributed_runs import (
+from distributed_cases import (
     CASES,
     CHECKPOINTED,
     MESHES,
@@ -21,12 +21,11 @@ from distributed_runs import (
     STEPS,
     TWICE,
     B,
-    run,
     run_config,
-    start_of,
     steps_of,
 )
 from distributed_runs import fit as fit_alone
+from distributed_runs import run, start_of
 from fastsae.distributed.gradients import Parts
 from fastsae.distributed.mesh import Extent, Mesh
 from fastsae.distributed.plan import step_bytes

@@ -9,8 +9,8 @@ pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
 from bench.quality import __main__ as quality
 from bench.quality import data, synthetic
 from bench.quality.methods import Setting
-from bench.quality.report import interval, report
 from bench.quality.search import ABLATIONS, SCHEDULES, our_defaults, trial
+from bench.report.quality import T_QUANTILES, interval, report
 from tiny_models import save_tiny_llama
 
 
@@ -20,8 +20,8 @@ def tiny(tmp_path, monkeypatch):
     source = data.Source("tiny", 1, 2, lambda: folder)
     monkeypatch.setitem(data.SOURCES, "tiny", source)
     monkeypatch.setattr(data, "TRAIN_TOKENS", 5000)
-    monkeypatch.setattr(quality, "RESULTS", tmp_path)
-    monkeypatch.setattr("bench.record.RESULTS", tmp_path)
+    for module in ("bench.record", "bench.report.rows"):
+        monkeypatch.setattr(f"{module}.RESULTS", tmp_path)
     monkeypatch.setattr(quality, "K", 8)
     few = ("the defaults", "directions at random", "without AuxK")
     monkeypatch.setattr(quality, "ABLATIONS", {name: ABLATIONS[name] for name in few})
@@ -90,14 +90,22 @@ def test_trials_are_the_same_each_time_and_within_the_space():
     assert ours["warm_up"] + ours["decay"] == 1
 
 
-def test_a_difference_within_its_interval_is_told_as_such():
+def test_the_quantiles_are_students():
+    t = pytest.importorskip("scipy.stats").t
+    for n, quantile in T_QUANTILES.items():
+        assert quantile == pytest.approx(t.ppf(0.975, n - 1), abs=1e-3)
+
+
+def test_a_difference_stands_beside_its_interval():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
     setting = {"source": "s", "architecture": "topk", "d_sae": 8, "k": 2, "tokens": 10}
     base = {"bench": "quality", "setting": setting, "ce_loss_score": 0.9, "never_fired": 0.0}
     rows = [
-        base | {"method": method, "seed": seed, "fvu": value + 0.01 * seed}
+        base | {"method": method, "seed": seed, "fvu": value + 0.01 * seed, "date": "2"}
         for method, value in (("fastsae", 0.18), ("sae-lens-tuned", 0.2))
         for seed in range(3)
     ]
+    repeated = [row | {"fvu": 0.5, "date": "1"} for row in rows[:2]]
     assert "fvu: -9.54 +- 1.13 %" in report(rows)
+    assert report([*repeated, *rows]) == report(rows)

@@ -25,6 +25,8 @@ from bench.gpu.harness import (
 )
 from bench.gpu.step import FusedStep, Step, bag_step, dense_step, trainer_step
 from bench.measure import Run
+from bench.rivals import OPS, Inputs
+from bench.roofline import ceilings
 from fastsae_kernels import Impl, topk_encode
 
 COLUMNS = 131_072
@@ -152,13 +154,13 @@ def every_op(scale: Scale, report: Report) -> None:
     for case in scale.ops:
         # The dense oracle takes the time of all the others together, and compiling costs seconds.
         leave_out = ("reference",) if case is scale.ops[0] else ("reference", "torch.compile")
-        limits = ops.ceilings(case, DEVICE)
+        limits = ceilings(case, DEVICE)
         report.measured(
             {"bench": "gpu_ceilings", **shape_of(case), **limits},
             f"ceilings at {case.name}: {limits}",
         )
-        inputs = ops.Inputs(case, DEVICE)
-        for name in ops.OPS:
+        inputs = Inputs(case, DEVICE)
+        for name in OPS:
             if not report.enough_time(4, f"{name} at {case.name}"):
                 return
             try:
@@ -237,7 +239,7 @@ def _steps_at(case: Case, report: Report) -> None:
 
 def _floor(case: Case, report: Report) -> dict[str, float]:
     """Milliseconds of one product, the optimizer's bytes and one gather at this GPU's ceilings."""
-    limits = ops.ceilings(case, DEVICE)
+    limits = ceilings(case, DEVICE)
     columns = min(case.F, COLUMNS)
     gemm = 2e-6 * case.B * case.D * columns / limits["gemm_gflops"] * (case.F / columns)
     optimizer = OPTIMIZER_BYTES * 2 * case.F * case.D / limits["copy_gbps"] / 1e6

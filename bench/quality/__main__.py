@@ -1,7 +1,7 @@
 """Quality of the trained SAE at equal tokens: ours with its defaults against SAELens.
 
     python -m bench.quality                    # all parts on both models; resumes where it stopped
-    python -m bench.quality --parts compare --sources smollm2-135m --architectures topk
+    python -m bench.quality --parts search compare --sources smollm2-135m --architectures topk
     python -m bench.quality --report           # the tables of the rows so far
     python -m bench.quality --sample           # write bench/data/, the rows `bench.gpu_check` reads
 
@@ -16,72 +16,24 @@ rounding), but for the method sae-lens-tuned-own, for whose training time it is 
 """
 
 import argparse
-import json
-from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.quality.data import CACHE, SOURCES, load_data, save_sample
 from bench.quality.methods import TRAINERS, Options, Setting, Watch
-from bench.quality.report import report
-from bench.quality.scores import fvu, match, score
-from bench.quality.search import ABLATIONS, SEED, our_defaults, trial
-from bench.record import RESULTS, append
+from bench.quality.results import once, saved
+from bench.quality.scores import fvu, match, redundancy, score
+from bench.quality.search import ABLATIONS, RECIPES, SEED, our_defaults, trial
+from bench.report.quality import report
+from bench.report.rows import Row
 from fastsae import SAE
 
-FILE = "quality"
 PARTS = ("search", "compare", "ablation", "synthetic")
-METHODS = ("fastsae", "sae-lens", "sae-lens-tuned", "sae-lens-tuned-own")
-COMPARED = METHODS[:3]
+COMPARED = ("fastsae", "sae-lens", "sae-lens-tuned")
 ON_SYNTHETIC = ("fastsae", "sae-lens", "sae-lens-our-schedule")
 """No search is made there."""
 EXPANSION, K = 8, 32
-Row = dict[str, Any]
-
-
-def saved_rows() -> list[Row]:
-    path = RESULTS / f"{FILE}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def is_done(row: Row) -> bool:
-    """Whether a row with these fields is there."""
-    return any(all(saved.get(n) == value for n, value in row.items()) for saved in saved_rows())
-
-
-def keep(row: Row) -> None:
-    append(FILE, [row])
-    print({name: value for name, value in row.items() if name != "curve"}, flush=True)
-
-
-def tuned(setting: Setting) -> Options:
-    """SAELens's best trial on TopK SAEs of the same rows."""
-    tried = [
-        r
-        for r in saved_rows()
-        if r["bench"] == "quality-search"
-        and r["library"] == "sae-lens"
-        and r["setting"] == vars(replace(setting, architecture="topk"))
-    ]
-    if not tried:
-        raise SystemExit(
-            f"SAELens must be tuned before it is compared with, got no trial for {setting}: "
-            "--parts search --architectures topk"
-        )
-    return min(tried, key=lambda r: r["fvu"])["options"]
-
-
-def recipe(method: str, setting: Setting) -> tuple[str, Options]:
-    """A library and its options; of ours, what the defaults are now."""
-    if method == "fastsae":
-        return method, our_defaults(setting)
-    if method == "sae-lens":
-        return method, {}
-    if method == "sae-lens-our-schedule":
-        return "sae-lens", trial("sae-lens", 1, setting)
-    own = {"own": True} if method.endswith("-own") else {}
-    return "sae-lens", {**tuned(setting), **own}
 
 
 class Bench:
@@ -95,80 +47,78 @@ class Bench:
     def setting(self, architecture: str, tokens: int) -> Setting:
         return Setting(self.source.name, architecture, EXPANSION * self.data.d_in, K, tokens)
 
-    def validated(self, setting: Setting, library: str, options: Options, seed: int) -> Row:
-        """A training whose FVU on the validation rows is all that is asked."""
-        clock = Watch(validation=self.data.validation.kept, every=10**9)
-        outcome = TRAINERS[library](setting, self.data.train, seed, clock, options)
-        found = fvu(outcome.sae, self.data.validation.kept)
-        return {**found, "never_fired": outcome.never_fired, "seconds": round(clock.seconds, 1)}
-
     def search(self, setting: Setting, trials: int) -> None:
         for number in range(trials):
             for library in TRAINERS:
                 options = trial(library, number, setting)
-                row = {"bench": "quality-search", "setting": vars(setting), "library": library}
-                row |= {"trial": number, "options": options}
-                if not is_done(row):
-                    keep(row | self.validated(setting, library, options, SEED))
+                key = {"bench": "quality-search", "setting": vars(setting), "library": library}
+                key |= {"trial": number, "options": options}
+                once(key, partial(self._validated, setting, library, options, SEED))
 
     def ablation(self, setting: Setting, seeds: int) -> None:
+        ours = our_defaults(setting)
         for seed in range(SEED, SEED + seeds):
             for change, changed in ABLATIONS.items():
-                options = {**our_defaults(setting), **changed}
-                row = {"bench": "quality-ablation", "setting": vars(setting)}
-                row |= {"change": change, "seed": seed, "options": options}
-                if not is_done(row):
-                    keep(row | self.validated(setting, "fastsae", options, seed))
+                options = {**ours, **changed(ours)}
+                key = {"bench": "quality-ablation", "setting": vars(setting), "change": change}
+                key |= {"seed": seed, "options": options}
+                once(key, partial(self._validated, setting, "fastsae", options, seed))
 
     def compare(self, setting: Setting, methods: list[str], seeds: int) -> None:
         for seed in range(seeds):
             for method in methods:
-                library, options = recipe(method, setting)
-                row = {"bench": "quality", "setting": vars(setting), "method": method, "seed": seed}
-                row["options"] = options
-                if is_done(row):
-                    continue
-                clock = Watch(validation=self.data.validation.kept)
-                outcome = TRAINERS[library](setting, self.data.train, seed, clock, options)
-                clock.measure(outcome.sae)
-                row["never_fired"] = outcome.never_fired
-                row |= score(outcome.sae, self.data, self.source, *self.language_model())
-                folder = self._folder(setting, method)
-                outcome.sae.save_model(folder / f"{seed}")
-                if seed and (folder / "0").exists():
-                    other = SAE.load_from_disk(folder / "0")
-                    row["decoder_match"] = match(outcome.sae.W_dec, other.W_dec)
-                keep(row | {"seconds": round(clock.seconds, 1), "curve": clock.curve})
+                options = RECIPES[method][1](setting)
+                key = {"bench": "quality", "setting": vars(setting), "method": method}
+                key |= {"seed": seed, "options": options}
+                once(key, partial(self._tested, setting, method, options, seed))
 
-    def language_model(self) -> Any:
+    def _validated(self, setting: Setting, library: str, options: Options, seed: int) -> Row:
+        """A training that is looked at on the validation rows, at its end."""
+        validation = self.data.validation.kept
+        clock = Watch(validation=validation, every=10**9)
+        outcome = TRAINERS[library](setting, self.data.train, seed, clock, options)
+        return {
+            **fvu(outcome.sae, validation),
+            **redundancy(outcome.sae.W_dec),
+            "never_fired": outcome.never_fired,
+            "seconds": round(clock.seconds, 1),
+        }
+
+    def _tested(self, setting: Setting, method: str, options: Options, seed: int) -> Row:
+        """A training with its curve on validation rows, and its scores on test documents."""
+        clock = Watch(validation=self.data.validation.kept)
+        train = TRAINERS[RECIPES[method][0]]
+        outcome = train(setting, self.data.train, seed, clock, options)
+        clock.measure(outcome.sae)
         if self._lm is None:
             self._lm = self.source.load()
-        return self._lm
-
-    def _folder(self, setting: Setting, method: str) -> Path:
+        found = score(outcome.sae, self.data, self.source, *self._lm)
         name = "-".join(str(value) for value in vars(setting).values())
-        return self.cache / "saes" / name / method
+        folder = self.cache / "saes" / name / method
+        outcome.sae.save_model(folder / f"{seed}")
+        if seed and (folder / "0").exists():
+            other = SAE.load_from_disk(folder / "0")
+            found["decoder_match"] = match(outcome.sae.W_dec, other.W_dec)
+        return {
+            **found,
+            "never_fired": outcome.never_fired,
+            "seconds": round(clock.seconds, 1),
+            "curve": clock.curve,
+        }
 
 
 def synthetic(seeds: int, architectures: list[str]) -> None:
     from bench.quality.synthetic import recovery, setting_of
 
     for architecture in architectures:
+        setting = setting_of(architecture)
         for seed in range(seeds):
             for method in ON_SYNTHETIC:
-                setting = setting_of(architecture)
-                library, options = recipe(method, setting)
-                row = {"bench": "quality-synthetic", "setting": vars(setting), "method": method}
-                row |= {"seed": seed, "options": options}
-                if not is_done(row):
-                    keep(row | recovery(library, options, architecture, seed))
-
-
-def runs(args: argparse.Namespace) -> Iterator[tuple[Bench, int]]:
-    for source in args.sources:
-        bench = Bench(source, args.cache)
-        for tokens in args.tokens:
-            yield bench, tokens
+                library, options_of = RECIPES[method]
+                options = options_of(setting)
+                key = {"bench": "quality-synthetic", "setting": vars(setting), "method": method}
+                key |= {"seed": seed, "options": options}
+                once(key, partial(recovery, library, options, architecture, seed))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -181,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--architectures", nargs="+", default=["topk", "batchtopk"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[800_000, 400_000])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
+    parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -191,18 +141,21 @@ def main(arguments: list[str] | None = None) -> None:
     if args.sample:
         return save_sample(load_data(SOURCES["smollm2-135m"], args.cache).train)
     if not args.report:
-        for bench, tokens in runs(args):
-            topk = bench.setting("topk", tokens)
-            if "search" in args.parts:  # what is found on TopK is used for the others too
-                bench.search(topk, args.trials)
-            if "compare" in args.parts:
-                for architecture in args.architectures:
-                    bench.compare(bench.setting(architecture, tokens), args.methods, args.seeds)
-            if "ablation" in args.parts:
-                bench.ablation(topk, args.seeds)
+        for source in args.sources:
+            bench = Bench(source, args.cache)
+            for tokens in args.tokens:
+                topk = bench.setting("topk", tokens)
+                if "search" in args.parts:  # what is found on TopK is used for the others too
+                    bench.search(topk, args.trials)
+                if "compare" in args.parts:
+                    for architecture in args.architectures:
+                        setting = bench.setting(architecture, tokens)
+                        bench.compare(setting, args.methods, args.seeds)
+                if "ablation" in args.parts:
+                    bench.ablation(topk, args.seeds)
         if "synthetic" in args.parts:
             synthetic(args.seeds, args.architectures)
-    print(report(saved_rows()))
+    print(report(saved()))
 
 
 if __name__ == "__main__":

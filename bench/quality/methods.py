@@ -62,11 +62,10 @@ Options = dict[str, Any]
 def train_fastsae(
     setting: Setting, rows: Tensor, seed: int, clock: Watch, options: Options
 ) -> Outcome:
-    """Options: batch_size, lr, beta2, warm_up and decay, as `search.our_defaults` has them, what to
-    multiply the first two by (batch_factor, lr_factor), W_dec_init, fields of the SAE's config."""
+    """Options: batch_size, lr, beta2, warm_up and decay, as `search.our_defaults` has them;
+    W_dec_init, and fields of the SAE's configuration."""
     rest = dict(options)
-    batch_size = round(rest.pop("batch_size") * rest.pop("batch_factor", 1))
-    lr, beta2 = rest.pop("lr") * rest.pop("lr_factor", 1), rest.pop("beta2")
+    batch_size, lr, beta2 = (rest.pop(name) for name in ("batch_size", "lr", "beta2"))
     steps = setting.tokens // batch_size
     warm_up, decay = (round(rest.pop(name) * steps) for name in ("warm_up", "decay"))
     W_dec_init = rest.pop("W_dec_init", None)
@@ -85,7 +84,7 @@ def train_fastsae(
     )
     trainer = Trainer(run, device="cpu")
     clock.every = max(1, run.total_steps // CURVE_STEPS)
-    batches = ShuffledRows(rows, run.batch_size or 1, seed)
+    batches = ShuffledRows(rows, batch_size, seed)
 
     def timed() -> Iterator[Tensor]:
         for step in range(run.total_steps):

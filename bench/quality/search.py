@@ -1,10 +1,13 @@
 """Hyperparameters by random search, as many trials for SAELens as for us, on validation rows."""
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from bench.quality.methods import Options, Setting
+from bench.quality.results import saved
 from fastsae import SAES, TrainConfig
 
 SEED = 1000
@@ -55,21 +58,47 @@ def our_defaults(setting: Setting) -> Options:
     }
 
 
-ABLATIONS: dict[str, Options] = {
-    "the defaults": {},
-    "directions at random": {"W_dec_init": "random"},
-    "constant lr, decay over the last half": {"decay": 0.5},
-    "constant lr, decay over the last quarter": {"decay": 0.25},
-    "no warm-up": {"warm_up": 0.0},
-    "beta2 0.999": {"beta2": 0.999},
-    "lr / 2": {"lr_factor": 0.5},
-    "lr * 1.5": {"lr_factor": 1.5},
-    "batch / 2": {"batch_factor": 0.5},
-    "batch * 2": {"batch_factor": 2},
-    "without AuxK": {"aux_loss_coefficient": 0.0},
-    "ranked without decoder norms": {"rescale_acts_by_decoder_norm": False},
-    "rows as they are": {"normalize_activations": "none"},
-    "rows whitened": {"normalize_activations": "covariance_whitening"},
-    "b_dec not subtracted": {"apply_b_dec_to_input": False},
+def tuned(setting: Setting) -> Options:
+    """SAELens's best trial on TopK SAEs of the same rows."""
+    tried = [
+        row
+        for row in saved()
+        if row["bench"] == "quality-search"
+        and row["library"] == "sae-lens"
+        and row["setting"] == vars(replace(setting, architecture="topk"))
+    ]
+    if not tried:
+        raise SystemExit(
+            f"SAELens must be tuned before it is compared with, got no trial for {setting}: "
+            "--parts search"
+        )
+    return min(tried, key=lambda row: row["fvu"])["options"]
+
+
+RECIPES: dict[str, tuple[str, Callable[[Setting], Options]]] = {
+    "fastsae": ("fastsae", our_defaults),
+    "sae-lens": ("sae-lens", lambda setting: {}),
+    "sae-lens-tuned": ("sae-lens", tuned),
+    "sae-lens-tuned-own": ("sae-lens", lambda setting: {**tuned(setting), "own": True}),
+    "sae-lens-our-schedule": ("sae-lens", lambda setting: trial("sae-lens", 1, setting)),
+}
+"""What is compared: a library, and its options in a setting."""
+
+ABLATIONS: dict[str, Callable[[Options], Options]] = {
+    "the defaults": lambda ours: {},
+    "directions at random": lambda ours: {"W_dec_init": "random"},
+    "constant lr, decay over the last half": lambda ours: {"decay": 0.5},
+    "constant lr, decay over the last quarter": lambda ours: {"decay": 0.25},
+    "no warm-up": lambda ours: {"warm_up": 0.0},
+    "beta2 0.999": lambda ours: {"beta2": 0.999},
+    "lr / 2": lambda ours: {"lr": ours["lr"] / 2},
+    "lr * 1.5": lambda ours: {"lr": ours["lr"] * 1.5},
+    "batch / 2": lambda ours: {"batch_size": ours["batch_size"] // 2},
+    "batch * 2": lambda ours: {"batch_size": ours["batch_size"] * 2},
+    "without AuxK": lambda ours: {"aux_loss_coefficient": 0.0},
+    "ranked without decoder norms": lambda ours: {"rescale_acts_by_decoder_norm": False},
+    "rows as they are": lambda ours: {"normalize_activations": "none"},
+    "rows whitened": lambda ours: {"normalize_activations": "covariance_whitening"},
+    "b_dec not subtracted": lambda ours: {"apply_b_dec_to_input": False},
 }
 """Each changes one thing of our defaults."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from bench.quality.report import report as quality_tables
 from bench.report.gpu import gpu_lines
+from bench.report.quality import report as quality_tables
 from bench.report.rows import Row, by_device, failures, newest, of, table, timed, where
 from bench.scaling import fit
 

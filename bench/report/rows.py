@@ -38,8 +38,9 @@ def by_device(rows: list[Row]) -> list[list[Row]]:
 
 def newest(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
     """The rows of the newest run of each combination of `keys`; a run has one date."""
-    last = {tuple(row.get(k) for k in keys): row["date"] for row in rows}
-    return [row for row in rows if last[tuple(row.get(k) for k in keys)] == row["date"]]
+    combination = lambda row: json.dumps([row.get(k) for k in keys])
+    last = {combination(row): row["date"] for row in rows}
+    return [row for row in rows if last[combination(row)] == row["date"]]
 
 
 def timed(rows: list[Row]) -> list[Row]:

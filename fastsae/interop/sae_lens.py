@@ -79,10 +79,11 @@ def register() -> list[str]:
     return known
 
 
-class Accelerated:
-    """What a SAELens training SAE computes by us, before its own class in the order of methods."""
+_TrainingSAE: Any = object  # SAELens's own, once `accelerated_class` has mixed the two
 
-    cfg: Any
+
+class Accelerated(_TrainingSAE):
+    """What a SAELens training SAE computes by us, before its own class in the order of methods."""
 
     @torch.compiler.disable
     def training_forward_pass(self, step_input: Any) -> Any:
@@ -109,7 +110,7 @@ class Accelerated:
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         """safetensors refuses tensors that are not contiguous, as W_enc is."""
-        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        super().process_state_dict_for_saving(state_dict)
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
 

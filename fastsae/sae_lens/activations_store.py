@@ -266,5 +266,5 @@ class ActivationsStore:
 
     def _special_ids(self, excluded: bool | Sequence[int]) -> Int[Tensor, " n"]:
         if excluded is True:
-            excluded = sorted(self.lm.tokenizer.all_special_ids)
+            excluded = self.lm.special_ids
         return torch.tensor(excluded or [], dtype=torch.long)

@@ -81,7 +81,7 @@ def run_evals(
         raise ValueError("activation_scaler must be None: fold its scale into the SAE first")
     cfg = eval_config or EvalConfig()
     lm = activation_store.lm if model is None else as_language_model(model)
-    ids = lm.tokenizer.all_special_ids if exclude_special_tokens is True else exclude_special_tokens
+    ids = lm.special_ids if exclude_special_tokens is True else exclude_special_tokens
     ignored = torch.tensor(sorted(ids or []), dtype=torch.long, device=lm.device)
     evaluation = _Evaluation(sae, activation_store, lm, ignored, cfg)
     metrics: dict[str, dict[str, Any]] = {}

@@ -16,13 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fastsae.saes.config import SAEConfig
-from fastsae.saes.sharding import Sharding
+from fastsae.saes.sharding import Sharding, blocks
 from fastsae_kernels import MSEL1, Impl, RaggedCode, SparseCode, mse_l1_loss, sparse_decode
 
 LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation on the way in only
-
-INITIAL_BLOCK = 8192
-"""Latents whose initial rows are drawn at once."""
 
 T = TypeVar("T", bound="SAE")
 
@@ -119,14 +116,10 @@ class SAE(nn.Module, ABC):
         rows = torch.empty(len(self.latents), width, device=device)
         if rows.is_meta:  # of a shape only, however large
             return rows
-        for start in range(0, self.cfg.d_sae, INITIAL_BLOCK):
-            stop = min(start + INITIAL_BLOCK, self.cfg.d_sae)
-            drawn = torch.empty(stop - start, width, device=device)
+        for latents, held, place in blocks(self.cfg.d_sae, self.latents):
+            drawn = torch.empty(len(latents), width, device=device)
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-            here = range(max(start, self.latents.start), min(stop, self.latents.stop))
-            if here:
-                first = here.start - self.latents.start
-                rows[first : first + len(here)] = drawn[here.start - start : here.stop - start]
+            rows[place] = drawn[held]
         return rows.mul_(self.cfg.decoder_init_norm / rows.norm(dim=1, keepdim=True))
 
     @abstractmethod

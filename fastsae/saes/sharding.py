@@ -1,10 +1,14 @@
 """What a variant asks of the holders of the latents and of the rows that it does not hold."""
 
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from fastsae_kernels import Shards
+
+BLOCK = 8192
+"""Latents that are made at once where every process makes, or is sent, those of all."""
 
 
 @runtime_checkable
@@ -31,3 +35,17 @@ class Sharding(Shards, Protocol):
     def least(self, t: Tensor) -> Tensor:
         """Minimum over all shards and parts; not differentiable."""
         ...
+
+
+def blocks(d_sae: int, held: range) -> Iterator[tuple[range, slice, slice]]:
+    """The latents of a dictionary a block at a time: which they are, the ones among them that are
+    held, and where these stand among all that are held."""
+    for start in range(0, d_sae, BLOCK):
+        latents = range(start, min(start + BLOCK, d_sae))
+        first = max(latents.start, held.start)
+        last = max(first, min(latents.stop, held.stop))
+        yield (
+            latents,
+            slice(first - latents.start, last - latents.start),
+            slice(first - held.start, last - held.start),
+        )

@@ -9,11 +9,10 @@ from torch.nn.functional import normalize
 
 from fastsae.distributed.mesh import Mesh
 from fastsae.saes import SAE
+from fastsae.saes.sharding import blocks
 
 Directions = Literal["random", "rows"]
 
-BLOCK = 8192
-"""Latents whose directions are made, and sent to the other processes, at once."""
 RANDOM_SHARE = 0.3
 """Of a random direction beside 1 of a row's: latents that start at equal rows are not the same."""
 
@@ -27,20 +26,15 @@ def start_at_rows(sae: SAE, rows: Float[Tensor, "N D"], mesh: Mesh, seed: int) -
     for which no row is left stay at random. The rows are those of the first process, whatever the
     others hold.
     """
-    rows, here = sae.prepare(rows), sae.latents
+    rows = sae.prepare(rows)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    for start in range(0, sae.cfg.d_sae, BLOCK):
-        latents = range(start, min(start + BLOCK, sae.cfg.d_sae))
-        directions = torch.zeros(len(latents), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for latents, held, place in blocks(sae.cfg.d_sae, sae.latents):
+        directions = rows.new_zeros(len(latents), rows.shape[1])
         if mesh.is_first:
-            picked = rows[order[start : latents.stop].to(rows.device)]
+            picked = rows[order[latents.start : latents.stop].to(rows.device)]
             directions[: len(picked)] = normalize(picked - sae.b_dec, dim=1)
         mesh.broadcast(directions)
-        both = range(max(latents.start, here.start), min(latents.stop, here.stop))
-        if not both:
-            continue
-        W_dec = sae.W_dec[both.start - here.start : both.stop - here.start]
-        near = directions[both.start - latents.start : both.stop - latents.start]
-        mixed = normalize(near + RANDOM_SHARE * normalize(W_dec.float(), dim=1), dim=1)
-        W_dec.copy_(mixed * W_dec.float().norm(dim=1, keepdim=True))
-        sae.W_enc.t()[both.start - here.start : both.stop - here.start].copy_(W_dec)
+        W_dec = sae.W_dec[place].float()
+        near = normalize(directions[held] + RANDOM_SHARE * normalize(W_dec, dim=1), dim=1)
+        sae.W_dec[place] = near * W_dec.norm(dim=1, keepdim=True)
+        sae.W_enc.t()[place] = sae.W_dec[place]

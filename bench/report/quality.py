@@ -3,13 +3,12 @@
 import json
 import statistics
 from collections.abc import Iterable
-from typing import Any
 
 from bench.clock import seconds_to
+from bench.report.rows import Row, newest, of
 
-Row = dict[str, Any]
 T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""Of Student's t at 97.5 %, by the number of seeds."""
+"""Of Student's t at 97.5 %, by the number of seeds; more seeds take the last, which is too wide."""
 COLUMNS = {
     "fvu": ("FVU", ".4f"),
     "fvu_all_rows": ("all rows", ".4f"),
@@ -22,26 +21,26 @@ COLUMNS = {
     "redundant": ("redundant", ".2%"),
 }
 BASELINE = "sae-lens-tuned"
+RUN = ("bench", "setting", "library", "trial", "method", "change", "seed")
+"""Fields that tell one training from another."""
 
 
 def report(rows: list[Row]) -> str:
-    """Every table there are rows for."""
+    """Every table there are rows for; of a training that was repeated, the last."""
     parts = []
-    for key in dict.fromkeys(json.dumps(r["setting"], sort_keys=True) for r in rows):
-        mine = [r for r in rows if json.dumps(r["setting"], sort_keys=True) == key]
+    for mine in by(newest(rows, RUN), "setting").values():
         s = mine[0]["setting"]
         parts.append(
             f"{s['source']}, {s['architecture']}, F = {s['d_sae']:,}, K = {s['k']}, "
             f"{s['tokens']:,} tokens"
         )
-        of = lambda bench, among=mine: [r for r in among if r["bench"] == bench]
-        if compared := of("quality"):
+        if compared := of(mine, "quality"):
             parts += [comparison(compared), *differences(compared), *times(compared)]
-        if tried := of("quality-search"):
+        if tried := of(mine, "quality-search"):
             parts.append(search(tried))
-        if changed := of("quality-ablation"):
+        if changed := of(mine, "quality-ablation"):
             parts.append(ablation(changed))
-        if recovered := of("quality-synthetic"):
+        if recovered := of(mine, "quality-synthetic"):
             parts.append(synthetic(recovered))
         parts.append("")
     return "\n".join(parts).rstrip()
@@ -61,17 +60,15 @@ def comparison(rows: list[Row]) -> str:
 def interval(differences: list[float]) -> tuple[float, float]:
     """Mean of paired differences and half the width of its 95 % interval."""
     n = len(differences)
-    return (
-        statistics.mean(differences),
-        T_QUANTILES[n] * statistics.stdev(differences) / n**0.5,
-    )
+    quantile = T_QUANTILES[min(n, max(T_QUANTILES))]
+    return statistics.mean(differences), quantile * statistics.stdev(differences) / n**0.5
 
 
 def differences(rows: list[Row]) -> list[str]:
     """Of our defaults and the tuned baseline, seed by seed."""
     mine, theirs = ({r["seed"]: r for r in rows if r["method"] == m} for m in ("fastsae", BASELINE))
     seeds = sorted(mine.keys() & theirs.keys())
-    if len(seeds) not in T_QUANTILES:
+    if len(seeds) < 2:
         return []
     lines = [f"fastsae - {BASELINE}, mean over {len(seeds)} seeds and 95 % interval:"]
     for name, relative in (("fvu", True), ("ce_loss_score", False), ("never_fired", False)):
@@ -112,18 +109,17 @@ def search(rows: list[Row]) -> str:
 
 
 def ablation(rows: list[Row]) -> str:
-    found = by(rows, "change")
-    of = lambda mine: {r["seed"]: r["fvu"] for r in mine}
-    base = of(found["the defaults"])
-    lines = [
-        f"{'change of the defaults, on validation rows':44}{'FVU':>9}{'change':>10}{'seeds':>7}"
-    ]
+    found, mean = by(rows, "change"), statistics.mean
+    base = {r["seed"]: r["fvu"] for r in found["the defaults"]}
+    head = f"{'change of the defaults, on validation rows':44}{'seeds':>6}"
+    lines = [head + "".join(f"{h:>13}" for h in ("FVU", "change", "never fired", "cosine"))]
     for name, mine in found.items():
-        values = of(mine)
-        shared = sorted(values.keys() & base.keys())
-        change = statistics.mean(100 * (values[s] / base[s] - 1) for s in shared)
-        mean = statistics.mean(values[s] for s in shared)
-        lines.append(f"{name:44}{mean:9.4f}{change:+9.2f}%{len(shared):7}")
+        fvu, fired, cosine = (
+            mean(r[column] for r in mine) for column in ("fvu", "never_fired", "decoder_cosine")
+        )
+        change = mean(100 * (r["fvu"] / base[r["seed"]] - 1) for r in mine)
+        cells = f"{fvu:13.4f}{change:+12.2f}%{fired:13.2%}{cosine:13.3f}"
+        lines.append(f"{name:44}{len(mine):6}{cells}")
     return "\n".join(lines)
 
 
@@ -137,7 +133,9 @@ def synthetic(rows: list[Row]) -> str:
 
 
 def by(rows: Iterable[Row], name: str) -> dict[str, list[Row]]:
+    """The rows of each value of a field, which may be a dictionary."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row[name], []).append(row)
+        value = row[name]
+        found.setdefault(value if isinstance(value, str) else json.dumps(value), []).append(row)
     return found
