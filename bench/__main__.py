@@ -65,7 +65,7 @@ def curves() -> list[Row]:
 
 
 def whole_jobs() -> list[Row]:
-    return end_to_end.main(["--tokens", "20480"])
+    return end_to_end.main(["--tokens", "16384", "--held-out", "2048", "--turns", "2"])
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {

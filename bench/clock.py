@@ -48,3 +48,8 @@ def held_out_fvu(forward: Callable[[Tensor], Tensor], rows: Tensor) -> float:
 def seconds_to(curve: Curve, fvu: float) -> float | None:
     """Training seconds after which the curve is at or under `fvu`."""
     return next((seconds for seconds, value in curve if value <= fvu), None)
+
+
+def fvu_at(curve: Curve, seconds: float) -> float | None:
+    """The last FVU of the curve by then."""
+    return next((value for at, value in reversed(curve) if at <= seconds), None)

@@ -6,8 +6,9 @@
 
 Every method gets the same contexts of the same articles, one pass over them, one SAE a layer.
 Seconds run from the loaded model to the trained SAEs in memory. The saved SAEs are then evaluated
-by our evaluation on held-out articles; figures of several layers are means. `to_its_fvu` is how
-long ours took to the held-out FVU that the method ended with: evaluations stop the clock.
+by our evaluation on held-out articles; figures of several layers are means. With `--turns 2` all
+methods run again in the other order, and seconds are means. `to_its_fvu` is how long ours took to
+the held-out FVU that the method ended with: evaluations stop the clock.
 `fraction` is the throughput of the whole run over that of its slower half, the model's bare
 forward pass up to the last layer or training on rows in memory.
 """
@@ -16,7 +17,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -248,41 +249,71 @@ def scores(job: Job, saes: list[SAE]) -> Row:
     return {"fvu": round(mean(r["rows"]["fvu"] for r in reports), 4), "ce_loss_score": round(ce, 4)}
 
 
-def measure(job: Job, methods: list[str]) -> list[Row]:
+@dataclass
+class Ran:
+    """A method's turns."""
+
+    clocks: list[Clock] = field(default_factory=list)
+    saes: list[SAE] = field(default_factory=list)
+    failed: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return mean(clock.seconds for clock in self.clocks)
+
+
+def run(job: Job, methods: list[str], turns: int) -> dict[str, Ran]:
+    """Every method in turn, and in the other order every second time."""
+    ran = {name: Ran() for name in methods}
+    for turn in range(turns):
+        for name in methods if turn % 2 == 0 else reversed(methods):
+            mine, clock = ran[name], Clock()
+            if mine.failed is not None:
+                continue
+            try:
+                with quiet():
+                    clock.start()
+                    mine.saes = METHODS[name](job, clock)
+                    clock.stop()
+                mine.clocks.append(clock)
+                print(f"{name}: {clock.seconds:.1f} s", flush=True)
+            except Exception as failure:
+                absent = isinstance(failure, ImportError)
+                kind = "not installed" if absent else type(failure).__name__
+                mine.failed = f"{kind}: {str(failure).splitlines()[0][:200]}"
+    return ran
+
+
+def measure(job: Job, methods: list[str], turns: int = 1) -> list[Row]:
     where = f"layer{'s' * (len(job.layers) > 1)} {', '.join(map(str, job.layers))}"
     shared = {"bench": "end_to_end", "case": f"smollm2-135m {where}", "F": job.d_sae}
     shared |= {"K": job.k, "tokens": job.tokens}
-    found: list[Row] = []
-    ours: Clock | None = None
     halves = {"model_seconds": model_seconds(job), "sae_seconds": sae_seconds(job)}
-    for name in methods:
-        row: Row = {**shared, "provider": name}
-        clock = Clock()
-        try:
-            with quiet():
-                clock.start()
-                saes = METHODS[name](job, clock)
-                clock.stop()
-        except Exception as failure:
-            kind = "not installed" if isinstance(failure, ImportError) else type(failure).__name__
-            found.append(row | {"failed": f"{kind}: {str(failure).splitlines()[0][:200]}"})
-            print(found[-1], flush=True)
-            continue
-        seconds = clock.seconds
-        row |= {"seconds": round(seconds, 2), "tokens_per_second": round(job.tokens / seconds, 1)}
-        row |= scores(job, saes)
-        if name == "fastsae":
-            ours = clock
-            row |= {key: round(value, 2) for key, value in halves.items()}
-            row["fraction"] = round(max(halves.values()) / seconds, 3)
-        elif ours is not None:
-            reached = seconds_to(ours.curve, mean_fvu(job, saes))
-            row["to_its_fvu"] = None if reached is None else round(reached, 2)
-        if ours is not None:
-            row["over_fastsae"] = round(seconds / ours.seconds, 3)
-        found.append(row)
-        print(row, flush=True)
+    ran = run(job, methods, turns)
+    ours = ran.get("fastsae", Ran(failed="not asked for"))
+    found: list[Row] = []
+    for name, one in ran.items():
+        found.append({**shared, "provider": name, **outcome(job, one, ours)})
+        if one is ours and one.failed is None:
+            found[-1] |= {key: round(value, 2) for key, value in halves.items()}
+            found[-1]["fraction"] = round(max(halves.values()) / one.seconds, 3)
+        print(found[-1], flush=True)
     return found
+
+
+def outcome(job: Job, one: Ran, ours: Ran) -> Row:
+    """Throughput and quality, beside ours."""
+    if one.failed is not None:
+        return {"failed": one.failed}
+    row: Row = {"seconds": round(one.seconds, 2)}
+    row["tokens_per_second"] = round(job.tokens / one.seconds, 1)
+    row |= scores(job, one.saes)
+    if ours.failed is None:
+        row["over_fastsae"] = round(one.seconds / ours.seconds, 3)
+        if one is not ours:
+            reached = seconds_to(ours.clocks[0].curve, mean_fvu(job, one.saes))
+            row["to_its_fvu"] = None if reached is None else round(reached, 2)
+    return row
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -294,11 +325,12 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=4096, help="tokens")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args(arguments)
     job = prepare(args.layers, args.tokens, args.d_sae, args.k, args.held_out)
-    found = measure(job, args.methods)
+    found = measure(job, args.methods, args.turns)
     if args.save:
         print(f"appended to {append(args.save, found)}")
     return found

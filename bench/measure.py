@@ -14,14 +14,21 @@ import torch
 Run = Callable[[], object]
 
 FLUSH_BYTES = 1 << 30
+MORE_TURNS = 5
+"""Most turns over those asked for, where runs are short."""
 
 
 def interleaved(
-    runs: Mapping[str, Run], repeats: int, warm_up: int = 1, device: str = "cpu"
+    runs: Mapping[str, Run],
+    repeats: int,
+    warm_up: int = 1,
+    device: str = "cpu",
+    least_seconds: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each run, taken in turns so that a drift of the machine meets all of them.
 
     In another order each turn: what ran before leaves its caches, its heat and its clocks behind.
+    Short runs take more turns than `repeats`, until all have taken `least_seconds`.
     """
     for _ in range(warm_up):
         for run in runs.values():
@@ -29,7 +36,9 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     once = _on_gpu if device == "cuda" else _on_cpu
     order, turns = list(runs), random.Random(0)
-    for _ in range(repeats):
+    for turn in range(MORE_TURNS * repeats):
+        if turn >= repeats and sum(map(sum, seconds.values())) >= least_seconds:
+            break
         turns.shuffle(order)
         for name in order:
             seconds[name].append(once(runs[name]))
@@ -114,6 +123,11 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
         "ms_p50": round(1e3 * statistics.median(ordered), 3),
         "ms_p80": at(0.8),
     }
+
+
+def times_as_long(seconds: list[float], others: list[float]) -> float:
+    """Median ratio of what was taken in the same turns: a drift between turns meets both."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def peak_extra_bytes(run: Run, device: str = "cpu") -> int:

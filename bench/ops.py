@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CASES, Case, find_case
-from bench.measure import interleaved, quantiles
+from bench.measure import interleaved, quantiles, times_as_long
 from bench.record import append
 from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs
 from bench.roofline import ceilings, op_work
@@ -26,6 +26,9 @@ from fastsae_kernels._dispatch import interpreted
 
 PARITY = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """Relative difference allowed to a rival that computes in that dtype."""
+
+LEAST_SECONDS = 2.0
+"""Of all turns together, on a CPU."""
 
 
 def times(
@@ -58,13 +61,14 @@ def times(
                 del runs[provider]
     if interpreted():
         runs = {p: run for p, run in runs.items() if p != Impl.TRITON.value}
-    seconds = interleaved(runs, repeats, device=t.device)
-    ours = quantiles(seconds[next(iter(seconds))])["ms_p50"]
+    least = 0.0 if t.device == "cuda" else LEAST_SECONDS
+    seconds = interleaved(runs, repeats, device=t.device, least_seconds=least)
+    ours = seconds[next(iter(seconds))]
     shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
     found = []
     for provider, s in seconds.items():
         row = {"bench": "ops", "op": name, **shape, "provider": provider, **quantiles(s)}
-        row["over_ours"] = round(row["ms_p50"] / ours, 2)
+        row["over_ours"] = round(times_as_long(s, ours), 2)
         needed = op_work(name, case, t.x.element_size())
         if limits is not None and needed is not None and provider not in NO_RIVAL:
             row |= needed.row(row["ms_p50"], limits)

@@ -12,6 +12,7 @@ runs out of memory becomes a row that says so, and is not timed.
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,13 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Start, batch, find_case, rows
-from bench.measure import interleaved, out_of_memory, peak_extra_bytes, quantiles
+from bench.measure import (
+    interleaved,
+    out_of_memory,
+    peak_extra_bytes,
+    quantiles,
+    times_as_long,
+)
 from bench.providers import GPU_PEERS, PEERS, PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Step
 from bench.record import append
@@ -32,6 +39,9 @@ MEMORY_WORKSPACE = 32 << 20
 FIRST_STEP, THIRD_STEP = 1e-4, 1e-2  # relative difference of the loss
 HALF_STEP = 2e-2
 """Of the first loss, where one of the two computes in half precision."""
+
+LEAST_SECONDS = 5.0
+"""Of all turns together, on a CPU."""
 
 Row = dict[str, Any]
 
@@ -70,17 +80,17 @@ def times(
     runs |= _products(case, start, x)
     limits = ceilings(case, device)
     # Every step was taken three times already.
-    seconds = interleaved(runs, repeats, warm_up=int(device == "cuda"), device=device)
-    medians = {name: quantiles(s)["ms_p50"] for name, s in seconds.items()}
-    gemm = min(ms for name, ms in medians.items() if name in ("gemm", "gemm-row-major"))
+    warm_up, least = (1, 0.0) if device == "cuda" else (0, LEAST_SECONDS)
+    seconds = interleaved(runs, repeats, warm_up, device, least)
+    gemm = min((seconds["gemm"], seconds["gemm-row-major"]), key=statistics.median)
     work = step_work(case, half=device == "cuda")
     timed = []
     for name, s in seconds.items():
         row = {**shared, "provider": name, **quantiles(s)}
-        row["over_gemm"] = round(medians[name] / gemm, 3)
-        row["over_fastsae"] = round(medians[name] / medians[providers[0]], 3)
+        row["over_gemm"] = round(times_as_long(s, gemm), 3)
+        row["over_fastsae"] = round(times_as_long(s, seconds[providers[0]]), 3)
         if name in steps:
-            row |= work.row(medians[name], limits)
+            row |= work.row(row["ms_p50"], limits)
             row["peak_mib"] = round(peak_extra_bytes(runs[name], device) / 2**20)
         timed.append(row | limits)
     return timed + failed

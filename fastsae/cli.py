@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from fastsae.analysis.plots import density_of_run, plot_run
 from fastsae.analysis.top_tokens import interesting_latents, top_tokens
 from fastsae.data import harvest, load_language_model, load_text, resolve_hook, tokenize
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
+from fastsae.data.model_rows import RowRules
 from fastsae.data.text import split_documents
 from fastsae.device import resolve_device
 from fastsae.distributed.mesh import is_one_of_several, leave_processes
@@ -23,6 +25,7 @@ from fastsae.evaluation.evaluate import comparison_table, evaluate_several, repo
 from fastsae.extras import require
 from fastsae.files import write_json
 from fastsae.interop.convert import Convert, convert
+from fastsae.interop.formats import load_sae
 from fastsae.progress import ProgressBar
 from fastsae.saes import SAE, SAES
 from fastsae.training import defaults
@@ -40,7 +43,8 @@ class Eval:
     """Evaluate a saved SAE on held-out text of a language model."""
 
     sae: tuple[Path, ...]
-    """Folder with cfg.json and sae_weights.safetensors; several of one hook share the passes."""
+    """Folder of an SAE, in any format that `convert` reads, or of a run's checkpoint; several of
+    one hook share the passes."""
     model: str | None = None
     """Language model; None: the one in the SAE's metadata."""
     hook: str | None = None
@@ -108,7 +112,7 @@ def train(run: LanguageModelRun) -> None:
 def evaluate_saved(args: Eval) -> None:
     """Evaluate a saved SAE on held-out text of a language model."""
     device = resolve_device(args.device)
-    saes = {str(path): SAE.load_from_disk(path, device=device) for path in args.sae}
+    saes = {str(path): load_sae(path, device) for path in args.sae}
     metadata = _shared_metadata(saes)
     hook_name = args.hook or metadata.get("hook_name")
     if hook_name is None:
@@ -128,13 +132,15 @@ def evaluate_saved(args: Eval) -> None:
     length = metadata.get("context_size") or 128
     tokens = tokenize(held_out, lm.tokenizer, context_size=length, n_tokens=args.tokens)
     special = metadata.get("drop_special", True) if args.drop_special is None else args.drop_special
+    multiple = args.massive_multiple or metadata.get("massive_multiple", 10.0) or math.inf
     with ProgressBar() as bar:
         activations = harvest(
             lm,
             hook,
             tokens,
             drop_special=special,
-            massive_multiple=args.massive_multiple or metadata.get("massive_multiple") or 10.0,
+            skip_first=metadata.get("skip_first", RowRules.skip_first),
+            massive_multiple=multiple,
             progress=lambda done, total: bar("harvest", done, total, {}),
         )
         reports = evaluate_several(
@@ -154,7 +160,7 @@ def evaluate_saved(args: Eval) -> None:
 
 MUST_AGREE = (
     *("hook_name", "model_name", "dataset_path", "dataset_split", "text_column"),
-    *("held_out_seed", "context_size", "drop_special", "massive_multiple"),
+    *("held_out_seed", "context_size", "skip_first", "drop_special", "massive_multiple"),
 )
 """What SAEs that are evaluated on the same rows have in common."""
 

@@ -24,6 +24,7 @@ SAES = {
         **SHAPE, k=5, matryoshka_widths=(10, 50), use_matryoshka_aux_loss=True
     ),
     "standard": fastsae.StandardConfig(**SHAPE, l1_coefficient=0.5),
+    "legacy-standard": fastsae.LegacyStandardConfig(**SHAPE, mse_loss_normalization="dense_batch"),
     "standard-p": fastsae.StandardConfig(**SHAPE, l1_coefficient=0.5, lp_norm=1.5),
     "standard-p-half": fastsae.StandardConfig(**SHAPE, l1_coefficient=0.01, lp_norm=0.5),
     "standard-p-sparse": fastsae.StandardConfig(**SHAPE, l1_coefficient=20.0, lp_norm=2.0),

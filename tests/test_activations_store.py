@@ -244,6 +244,17 @@ def test_local_files_are_read(tmp_path, tokenizer):
     assert saved.get_batch_tokens().tolist() == tokenized()["tokens"][:4]
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_folder_of_files_is_streamed(tmp_path, tokenizer, monkeypatch, tokens):
+    monkeypatch.setattr("fastsae.data.text.HELD_BYTES", 0)
+    rows = tokenized() if tokens else texts()
+    for half in (0, 1):
+        part = rows.select(range(half * len(rows) // 2, (half + 1) * len(rows) // 2))
+        part.to_parquet(str(tmp_path / f"{half}.parquet"))
+    found, wanted = (store(with_tokenizer(tokenizer), dataset) for dataset in (str(tmp_path), rows))
+    assert torch.equal(found.get_batch_tokens(), wanted.get_batch_tokens())
+
+
 class TestMixingBuffer:
     def rows(self, sizes):
         made = 0

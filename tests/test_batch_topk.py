@@ -275,7 +275,7 @@ GOOD: dict[str, Any] = {
     "k": 2,
 }
 BAD: dict[str, Any] = {
-    "x": ({"x": torch.ones(2, 4)}, r"x must have shape \[B, D\] = \[\*, 3\], got \[2, 4\]"),
+    "x": ({"x": torch.ones(2, 4)}, r"x must have shape \[\.\.\., D\] with D = 3, got \[2, 4\]"),
     "x_ndim": ({"x": torch.ones(1, 2, 3)}, r"x must have shape \[B, D\]"),
     "W_enc": ({"W_enc": torch.ones(3)}, r"W_enc must have shape \[D, F\]"),
     "b_enc": ({"b_enc": torch.ones(8)}, r"b_enc must have shape \[F\] = \[9\], got \[8\]"),

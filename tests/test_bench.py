@@ -23,7 +23,7 @@ from bench import (
     train_step,
 )
 from bench.cases import SAMPLE, Case, Start, find_case, real_rows, rows
-from bench.clock import Clock, seconds_to
+from bench.clock import Clock, fvu_at, seconds_to
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report import plots
@@ -270,10 +270,11 @@ def test_rows_carry_the_hardware_and_versions(tmp_path, monkeypatch):
     assert row["commit"] == "abc1234"
 
 
-def test_time_to_a_figure_is_the_first_point_at_or_under_it():
+def test_a_curve_tells_when_and_by_when():
     curve = [(1.0, 0.5), (2.0, 0.3), (3.0, 0.2)]
     assert seconds_to(curve, 0.3) == 2.0
     assert seconds_to(curve, 0.1) is None
+    assert (fvu_at(curve, 2.9), fvu_at(curve, 0.9)) == (0.3, None)
 
 
 def test_a_clock_that_stands_counts_nothing():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastsae import Trainer
+from fastsae.interop.formats import load_sae
 from fastsae.training.log import RunLog, read_log
 from training_runs import (
     KINDS,
@@ -109,6 +110,24 @@ def saved_run(out):
 
 
 class TestCheckpoints:
+    @pytest.mark.parametrize("scaling", ["expected_average_only_in", "covariance_whitening"])
+    def test_one_is_an_sae_as_the_run_exports_it(self, scaling, tmp_path):
+        sae = topk_config(normalize_activations=scaling)
+        trainer = Trainer(config(sae=sae), device="cpu", out=tmp_path)
+        exported = train(trainer)
+        found = load_sae(tmp_path / "checkpoints" / "step-000000060")
+        assert exported is not None and found.cfg.normalize_activations == "none"
+        wanted = exported.state_dict()
+        assert all(torch.equal(t, wanted[name]) for name, t in found.state_dict().items())
+
+    def test_one_of_several_processes_is_no_sae(self, tmp_path):
+        trainer = Trainer(config(), device="cpu", out=tmp_path)
+        train(trainer)
+        path = tmp_path / "checkpoints" / "step-000000060"
+        (path / "trainer_state.safetensors").unlink()
+        with pytest.raises(ValueError, match="which several processes wrote; resume the run"):
+            load_sae(path)
+
     def test_the_newest_are_kept(self, tmp_path):
         train(Trainer(config(checkpoint={"every": 25, "keep": 2}), device="cpu", out=tmp_path))
         names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())

@@ -158,6 +158,11 @@ class TestTheRun:
         assert flat(b_dec_init_method="mean").b_dec_init == "mean"
         assert flat(adam_beta1=0.5).adam_beta1 == 0.5
 
+    def test_a_buffer_is_counted_in_batches_of_prompts(self):
+        assert flat().n_batches_in_buffer == flat(n_batches_in_buffer=20).n_batches_in_buffer
+        few = flat(n_batches_in_buffer=8, store_batch_size_prompts=4)
+        assert (few.n_batches_in_buffer, flat().n_batches_in_buffer) == (32, 640)
+
     def test_todays_fields_pass_through(self):
         same = {
             "context_size": 64,

@@ -106,6 +106,12 @@ def test_a_difference_stands_beside_its_interval():
         for method, value in (("fastsae", 0.18), ("sae-lens-tuned", 0.2))
         for seed in range(3)
     ]
+    assert "wall-clock" not in report(rows)
+    rows[0] |= {"seconds": 30.0, "curve": [[10.0, 0.4], [20.0, 0.21], [30.0, 0.18]]}
+    slow = {"method": "sae-lens-tuned-own", "seed": 0, "seconds": 90.0, "fvu": 0.2, "date": "2"}
+    rows.append(base | slow | {"curve": [[15.0, 0.9], [29.0, 0.5], [31.0, 0.4], [90.0, 0.22]]})
+    seen = next(line.split() for line in report(rows).splitlines() if line.startswith("0 "))
+    assert seen == ["0", "30", "0.1800", "0.5000", "90", "0.2200", "20"]
     repeated = [row | {"fvu": 0.5, "date": "1"} for row in rows[:2]]
     assert "fvu: -9.54 +- 1.13 %" in report(rows)
     assert report([*repeated, *rows]) == report(rows)

@@ -184,6 +184,18 @@ def test_figures_are_those_of_the_saved_sae(tmp_path, lm):
     assert trainer.metrics["evaluation"].keys() == found.keys()
 
 
+def test_an_evaluation_that_fails_costs_no_sae(tmp_path, lm, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("logits")
+
+    trainer = runner(config(tmp_path), lm)
+    monkeypatch.setattr(trainer, "_evaluate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.run()
+    found = fastsae.SAE.load_from_disk(tmp_path / "out")
+    assert torch.equal(found.W_dec, trainer.trainer.export().W_dec)
+
+
 class TestStops:
     def saved(self, folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / "out" / "sae_weights.safetensors")
@@ -269,6 +281,16 @@ def test_the_model_by_name(tmp_path):
     assert trainer.metrics["l0"] == 4
 
 
+def test_how_the_model_is_loaded(tmp_path):
+    folder = str(save_tiny_llama(tmp_path / "model"))
+    kwargs = {"dtype": "float64", "fold_ln": True, "n_devices": None}
+    cfg = config(tmp_path, model_name=folder, dataset_path="", model_from_pretrained_kwargs=kwargs)
+    assert SAETrainingRunner(cfg).lm.model.dtype == torch.float64
+    cfg.model_from_pretrained_kwargs = {"checkpoint_value": 3000}
+    with pytest.raises(ValueError, match="got checkpoint_value=3000; pass a model that was loaded"):
+        SAETrainingRunner(cfg)
+
+
 def test_wandb_that_is_absent_names_the_way_out(tmp_path, lm, monkeypatch):
     import sys
 
@@ -282,6 +304,7 @@ def test_wandb_that_is_absent_names_the_way_out(tmp_path, lm, monkeypatch):
     "changes, message",
     [
         ({"training_tokens": 0}, "training_tokens must be at least 1, got 0"),
+        ({"n_eval_batches": 0}, "n_eval_batches must be at least 1, got 0"),
         ({"model_class_name": "HookedMamba"}, "model_class_name must be one of .*'HookedMamba'"),
         ({"lr_scheduler_name": "linear"}, "lr_scheduler_name must be one of .*got 'linear'"),
         ({"use_cached_activations": True}, "use_cached_activations must be False: .*Trainer"),

@@ -255,6 +255,22 @@ def test_large_local_files_are_streamed_in_order(stories: Path, kind: str):
     assert list(text.documents) == list(text.documents) == STORIES
 
 
+def test_a_large_text_file_is_streamed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastsae.data.text.HELD_BYTES", 0)
+    monkeypatch.setattr("fastsae.data.text.PIECE", 100)
+    lines = "".join(f"Line {i} of a long file.\n" for i in range(200))
+    for name, content in (("lines", lines), ("one line", lines.replace("\n", " "))):
+        file = tmp_path / f"{name}.txt"
+        file.write_text(content)
+        text = load_text(file)
+        pieces = [str(d) for d in text.documents]
+        assert "".join(pieces) == content and max(map(len, pieces)) < 200 and len(pieces) > 40
+        assert all(d.endswith("\n") for d in pieces) == (name == "lines")
+        train, held_out = split_documents(text)
+        assert sorted([*train.documents, *held_out.documents]) == sorted(pieces)
+        assert 0 < len(list(held_out.documents)) < len(pieces) / 2
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
 def test_what_lies_beyond_the_tokens_is_not_read(stories: Path, tokenizer, kind: str):
     for file in sorted((stories / kind).iterdir())[len(list((stories / kind).iterdir())) // 2 :]:

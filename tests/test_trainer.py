@@ -341,9 +341,7 @@ BAD_RUNS = {
     "total_tokens must be at least 1, got 0": {"total_tokens": 0},
     "batch_size must be at least 1 or None, got 0": {"batch_size": 0},
     "dead_window must be at least 1 or None, got -1": {"dead_window": -1},
-    "compute_dtype must name a floating torch dtype or be None, got 'half8'": {
-        "compute_dtype": "half8"
-    },
+    "compute_dtype must name a floating torch dtype, got 'half8'": {"compute_dtype": "half8"},
 }
 
 

@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def harvest(tmp_path_factory, model):
-    """Some 19,000 rows in 3 shards."""
+    """Some 18,000 rows in 3 shards, which all but the first three positions are in."""
     folder = tmp_path_factory.mktemp("shards")
     run = HarvestRun(
         out=folder / "rows",
@@ -48,7 +48,9 @@ def harvest(tmp_path_factory, model):
         tokens=20_000,
         eval_tokens=1000,
         dtype="bfloat16",
-        drop_special=False,  # as `fastsae eval` does not
+        drop_special=False,
+        skip_first=3,
+        massive_multiple=None,
         shard_mib=1,
         batch_contexts=16,
         device="cpu",

@@ -95,8 +95,8 @@ def step_lines(rows: list[Row], picture: Picture) -> list[str]:
     lines += ["of the plain encoder GEMM; the roofline is that product, the optimizer's bytes and"]
     lines += ["one gather at the ceilings of the same run; the peak is beyond what is held."]
     lines += picture("steps")
-    for key in dict.fromkeys((r["case"], r["dead"], r.get("usage", "uniform")) for r in rows):
-        mine = [r for r in rows if (r["case"], r["dead"], r.get("usage", "uniform")) == key]
+    for key in dict.fromkeys((r["case"], r["dead"], r["usage"]) for r in rows):
+        mine = [r for r in rows if (r["case"], r["dead"], r["usage"]) == key]
         lines += ["", f"**{case_title(mine[0])}**", "", *table(timed(mine), columns)]
         lines += [*failures(mine), "", where(mine)]
     return lines
@@ -104,7 +104,7 @@ def step_lines(rows: list[Row], picture: Picture) -> list[str]:
 
 def case_title(r: Row) -> str:
     title = f"{r['case']}: B={r['B']}, D={r['D']}, F={r['F']}, K={r['K']}, {r['dead']:.0%} dead"
-    return title + (", skewed usage" if r.get("usage") == "skewed" else "")
+    return title + (", skewed usage" if r["usage"] == "skewed" else "")
 
 
 def memory_lines(rows: list[Row]) -> list[str]:
@@ -176,7 +176,7 @@ NAMES = {
 def readme_lines(cpu: list[Row], gpu: list[Row]) -> list[str]:
     """Ratios to our whole step, a column a case; on a GPU against its floor."""
     rows = timed(of(newest(cpu, RUN), "train_step"))
-    rows = [row for row in rows if row.get("usage", "uniform") == "uniform"]
+    rows = [row for row in rows if row["usage"] == "uniform"]
     if not rows:
         return []
     found = _trainers(by_device(rows)[0])

@@ -46,10 +46,10 @@ def draw(folder: Path, cpu: list[Row], gpu: list[Row]) -> list[str]:
 
 def step_bars(rows: list[Row]) -> Any:
     """How many times as long as our step each other takes, a panel a case."""
-    cases = list(dict.fromkeys((r["case"], r["dead"], r.get("usage", "uniform")) for r in rows))
+    cases = list(dict.fromkeys((r["case"], r["dead"], r["usage"]) for r in rows))
     figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
-        mine = [r for r in rows if (r["case"], r["dead"], r.get("usage", "uniform")) == case]
+        mine = [r for r in rows if (r["case"], r["dead"], r["usage"]) == case]
         mine = [r for r in mine if not r["provider"].startswith(("gemm-", "fastsae-"))]
         names = [r["provider"] for r in mine]
         bars = axis.barh(names, [r["over_fastsae"] for r in mine], color=_colours(names))

@@ -1,10 +1,11 @@
 """Tables of the rows: means over seeds, paired differences with 95 % intervals, ablations."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 
-from bench.clock import seconds_to
+from bench.clock import fvu_at, seconds_to
 from bench.report.rows import Row, newest, of
 
 T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -71,28 +72,38 @@ def differences(rows: list[Row]) -> list[str]:
     if len(seeds) < 2:
         return []
     lines = [f"fastsae - {BASELINE}, mean over {len(seeds)} seeds and 95 % interval:"]
-    for name, relative in (("fvu", True), ("ce_loss_score", False), ("never_fired", False)):
-        pairs = [(mine[s][name], theirs[s][name]) for s in seeds]
+    for name in (n for n in COLUMNS if n != "l0"):
+        pairs = [(mine[s][name], theirs[s][name]) for s in seeds if name in mine[s]]
+        relative = name.startswith("fvu")
         found = [100 * (a - b) / (b if relative else 1) for a, b in pairs]
-        mean, half = interval(found)
-        unit = "%" if relative else "points"
-        lines.append(f"  {name}: {mean:+.2f} +- {half:.2f} {unit}")
+        if len(found) > 1:
+            mean, half = interval(found)
+            unit = "%" if relative else "points"
+            lines.append(f"  {name}: {mean:+.2f} +- {half:.2f} {unit}")
     return lines
 
 
 def times(rows: list[Row]) -> list[str]:
-    """Seconds until SAELens's final FVU, where SAELens computed by itself."""
+    """Against the training time of SAELens's own arithmetic, where it was taken."""
     theirs = {r["seed"]: r for r in rows if r["method"] == f"{BASELINE}-own"}
-    lines = []
-    for r in rows:
-        if r["method"] == "fastsae" and r["seed"] in theirs:
-            other = theirs[r["seed"]]
-            reached = seconds_to(r["curve"], other["curve"][-1][1])
-            text = "never" if reached is None else f"{reached:.0f} s"
-            lines.append(
-                f"seed {r['seed']}: fastsae {r['seconds']:.0f} s; SAELens by its own arithmetic "
-                f"{other['seconds']:.0f} s, whose final FVU fastsae reaches in {text}"
-            )
+    found = [r for r in rows if r["method"] == "fastsae" and r["seed"] in theirs]
+    if not found:
+        return []
+    heads = ("fastsae, s", "its FVU", "SAELens's then", "SAELens, s", "its FVU", "ours had it, s")
+    lines = ["FVU on validation rows at equal wall-clock, SAELens by its own arithmetic"]
+    lines.append(f"{'seed':6}" + "".join(f"{head:>16}" for head in heads))
+    for r in found:
+        other = theirs[r["seed"]]
+        last = other["curve"][-1][1]
+        cells = (
+            f"{r['seconds']:.0f}",
+            f"{r['curve'][-1][1]:.4f}",
+            f"{fvu_at(other['curve'], r['seconds']) or math.nan:.4f}",
+            f"{other['seconds']:.0f}",
+            f"{last:.4f}",
+            f"{seconds_to(r['curve'], last) or math.nan:.0f}",
+        )
+        lines.append(f"{r['seed']:<6}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
 
 

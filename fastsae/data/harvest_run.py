@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from fastsae.checks import check_counts
 from fastsae.data.hooks import HookPoint, d_at, resid_hook_name, resolve_hook
 from fastsae.data.language_model import LanguageModel, load_language_model
 from fastsae.data.model_rows import (
@@ -93,13 +94,10 @@ class HarvestRun:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("context_size", 2), ("shard_mib", 1), ("eval_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("tokens", "batch_contexts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        check_counts(self, "context_size", least=2)
+        check_counts(self, "shard_mib")
+        check_counts(self, "eval_tokens", least=0)
+        check_counts(self, "tokens", "batch_contexts", optional=True)
         if not 0 <= self.skip_first < self.context_size:
             raise ValueError(
                 f"skip_first must be from 0 to context_size - 1 = {self.context_size - 1}, "

@@ -85,6 +85,7 @@ def load_language_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    revision: str = "main",
 ) -> LanguageModel:
     """Load a causal language model with SDPA attention, in eval mode, without gradients.
 
@@ -93,6 +94,7 @@ def load_language_model(
             format; a `.gguf` file, converted once into the cache; else a name on the hub.
         device: where the model runs.
         dtype: of the weights and activations; None means float32 on a CPU, bfloat16 elsewhere.
+        revision: branch, tag or commit of a model on the hub.
 
     Raises:
         FileNotFoundError: `model` is a path and nothing is there.
@@ -106,8 +108,10 @@ def load_language_model(
     options = {_dtype_option(transformers): dtype, "attn_implementation": "sdpa"}
     try:
         with _no_progress_bars(transformers):
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, **options
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise RuntimeError(

@@ -41,6 +41,9 @@ _LOADERS = {
 HELD_BYTES = 64 << 20
 """Local files of more than so many bytes together are streamed, as everything from a hub is."""
 
+PIECE = 1 << 20
+"""Characters after which a text file that is streamed goes on as another document."""
+
 _BESIDE_ARROW = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 _TOKEN_COLUMNS = ("input_ids", "tokens")
@@ -82,9 +85,10 @@ def load_text(
 
     Args:
         dataset: None for 106 Wikipedia articles out of the installed gensim, or the docstrings
-            of installed packages where gensim is absent; a .txt (one document), .json, .jsonl,
-            .parquet, .csv or .arrow file, a folder of such files or one that `save_to_disk` of
-            datasets made; else `name` or `name:config` on the hub.
+            of installed packages where gensim is absent; a .txt file, one document, or where it is
+            streamed one after another of about `PIECE` characters; a .json, .jsonl, .parquet, .csv
+            or .arrow file; a folder of files of one kind or one that `save_to_disk` of datasets
+            made; else `name` or `name:config` on the hub.
         split: of a hub dataset.
         text_column: column with the documents, or with their tokens; None means `text`, or the
             only column of strings, or tokens in a column called `input_ids` or `tokens`.
@@ -164,12 +168,13 @@ def _from_dataset(dataset: str, split: str, column: str | None, limit: int | Non
     if path.exists():
         files = _files_in(path)
         kind = _LOADERS[files[0].suffix]
+        held = sum(file.stat().st_size for file in files) <= HELD_BYTES
         if kind == "txt":
-            stream = _Stream(lambda: _whole_files(files, dataset))
+            size = HELD_BYTES if held else PIECE
+            stream = _Stream(lambda: _pieces(files, dataset, size))
         else:
             source = {"path": kind, "data_files": [str(file) for file in files]}
             stream = _rows(source, "train", column, dataset)
-        held = sum(file.stat().st_size for file in files) <= HELD_BYTES
         return Text(dataset, list(islice(stream, limit)) if held else stream, f"local {dataset}")
     if path.suffix in _LOADERS or path.is_absolute() or dataset.startswith((".", "~")):
         raise FileNotFoundError(f"dataset must be a file, a folder or a hub name, got {dataset}")
@@ -195,10 +200,18 @@ def _rows(source: dict[str, Any], split: str, column: str | None, dataset: str) 
     return _Stream(read)
 
 
-def _whole_files(files: list[Path], dataset: str) -> Iterator[str]:
+def _pieces(files: list[Path], dataset: str, size: int) -> Iterator[str]:
+    """The files in pieces of at most twice `size` characters that end at line breaks, if any."""
     with _reading(dataset):
-        for file in files:
-            yield file.read_text(encoding="utf-8")
+        for path in files:
+            with path.open(encoding="utf-8") as file:
+                rest = ""
+                while len(block := file.read(size)) == size:
+                    text = rest + block
+                    end = text.rfind("\n") + 1 or len(text)
+                    yield text[:end]
+                    rest = text[end:]
+                yield rest + block
 
 
 @contextmanager

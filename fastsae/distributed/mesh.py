@@ -200,14 +200,10 @@ class Mesh:
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do it on rank 0 only; everyone gets the result, or the exception."""
-        return self.on(0, work)
-
-    def on(self, rank: int, work: Callable[[], T]) -> T:
-        """The same on another rank."""
         if self.size == 1:
             return work()
-        told: list[Any] = [_outcome(work) if self.rank == rank else None]
-        dist.broadcast_object_list(told, rank, self._all, device=self.device)
+        told: list[Any] = [_outcome(work) if self.is_first else None]
+        dist.broadcast_object_list(told, 0, self._all, device=self.device)
         return _results(told)[0]
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
@@ -220,10 +216,7 @@ class Mesh:
 
     def check_agreement(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every process if any of these differs between them."""
-        if self.size == 1:
-            return
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, facts, self._all)
+        everyone = self.each(lambda: facts)
         for name, wanted in everyone[0].items():
             for rank, other in enumerate(everyone):
                 if other.get(name) != wanted:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastsae.checks import check_choice, check_counts
 from fastsae.distributed.gradients import Exchange
 from fastsae.distributed.mesh import Extent
 from fastsae.distributed.shards import range_of
@@ -95,11 +96,9 @@ class Plan:
     """Shards of the dictionary; None: the fastest that fits."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae", "k", "batch_size", "tokens", "gpus", "gpus_per_machine"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gpu not in GPUS:
-            raise ValueError(f"gpu must be one of {sorted(GPUS)}, got {self.gpu!r}")
+        counts = ("d_in", "d_sae", "k", "batch_size", "tokens", "gpus", "gpus_per_machine")
+        check_counts(self, *counts)
+        check_choice(self, "gpu", sorted(GPUS))
 
     @property
     def optimizer_bytes(self) -> int:
@@ -137,8 +136,12 @@ class Predicted(NamedTuple):
     plan: Plan
 
     @property
+    def n_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
     def fits(self) -> bool:
-        return sum(self.memory.values()) <= LEFT_FREE * GPUS[self.plan.gpu].memory
+        return self.n_bytes <= LEFT_FREE * GPUS[self.plan.gpu].memory
 
     @property
     def step_seconds(self) -> float:
@@ -255,14 +258,13 @@ def described(found: Predicted) -> str:
     """Tables of memory, traffic and time."""
     plan, mesh = found.plan, found.mesh
     gpu = GPUS[plan.gpu]
-    n_bytes = sum(found.memory.values())
     lines = [
         f"dp {mesh.dp} x tp {mesh.tp} on {mesh.size} {plan.gpu}"
         + (f", exchange of {found.exchange} over dp" if mesh.dp > 1 else ""),
         "",
         "memory of a GPU",
         *(f"  {name:28}{shown(n):>12}" for name, n in found.memory.items() if n),
-        f"  {'in all':28}{shown(n_bytes):>12} of {shown(int(gpu.memory))}",
+        f"  {'in all':28}{shown(found.n_bytes):>12} of {shown(int(gpu.memory))}",
         "",
         "time of a step",
         *(f"  {name:28}{1e3 * s:>9.2f} ms" for name, s in found.seconds.items()),
@@ -294,7 +296,7 @@ def plan_report(plan: Plan) -> str:
     few = smallest(replace(plan, dp=None, tp=None))
     best = fastest(plan, plan.gpus)
     if best is None:
-        least = min(_n_bytes(predict(plan, mesh)) for mesh in meshes(plan, plan.gpus))
+        least = min(predict(plan, mesh).n_bytes for mesh in meshes(plan, plan.gpus))
         usable = shown(int(LEFT_FREE * GPUS[plan.gpu].memory))
         elsewhere = f"; {few.mesh.size} are enough as {few.mesh.dp} x {few.mesh.tp}" if few else ""
         raise ValueError(
@@ -314,7 +316,3 @@ def plan_report(plan: Plan) -> str:
     if best.mesh.size > 1:
         text += f"\n\n{command} -m fastsae train --dp {best.mesh.dp} --tp {best.mesh.tp} ..."
     return text
-
-
-def _n_bytes(found: Predicted) -> int:
-    return sum(found.memory.values())

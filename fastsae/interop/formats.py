@@ -10,6 +10,7 @@ from fastsae.interop import (
     dictionary_learning,
     gemma_scope,
     gpt2_attention,
+    in_training,
     layer_transcoders,
     linear_layers,
     llama_scope,
@@ -24,6 +25,7 @@ from fastsae.saes import SAE
 from fastsae.saes.native_format import build_sae
 
 FORMATS: Mapping[str, ModuleType] = {
+    "in_training": in_training,  # looks like SAELens's, but for what lies beside it
     "saelens": saelens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,

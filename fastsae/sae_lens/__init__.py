@@ -67,11 +67,11 @@ _MODULES = {
 _HOME = {name: f"fastsae.sae_lens.{module}" for module, names in _MODULES.items() for name in names}
 
 _ELSEWHERE = {
-    "CacheActivationsRunner": "fastsae.data.harvest holds activations in memory",
-    "CacheActivationsRunnerConfig": "fastsae.data.harvest holds activations in memory",
-    "MultiSAEEvaluator": "fastsae.evaluation.evaluate takes one SAE at a time",
-    "MultiSAETrainingRunner": "train each SAE with LanguageModelSAETrainingRunner",
-    "MultiSAETrainingRunnerConfig": "train each SAE with LanguageModelSAETrainingRunner",
+    "CacheActivationsRunner": "`fastsae harvest` writes activations to a folder",
+    "CacheActivationsRunnerConfig": "`fastsae harvest` writes activations to a folder",
+    "MultiSAEEvaluator": "fastsae.evaluation.evaluate.evaluate_several takes several SAEs",
+    "MultiSAETrainingRunner": "fastsae.TrainerGroup trains several SAEs side by side",
+    "MultiSAETrainingRunnerConfig": "fastsae.TrainerGroup trains several SAEs side by side",
     "PretokenizeRunner": "fastsae.data.tokenize cuts text into contexts",
     "PretokenizeRunnerConfig": "fastsae.data.tokenize cuts text into contexts",
     "PretrainedSaeDiskLoader": "SAE.load_from_disk(path, converter=...) takes a loader of your own",

@@ -5,6 +5,7 @@ import uuid
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fastsae.checks import check_counts
 from fastsae.sae_lens import flat_config
 from fastsae.sae_lens.tokens import Separator
 from fastsae.sae_lens.training_saes import CONFIGS
@@ -151,9 +152,8 @@ class LanguageModelSAERunnerConfig(RunnerFields):
         self._resolve()
 
     def _check(self) -> None:
-        for name in ("training_tokens", "context_size", "train_batch_size_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("training_tokens", "context_size", "train_batch_size_tokens", "n_eval_batches")
+        check_counts(self, *counts)
         if self.model_class_name not in MODEL_CLASSES:
             raise ValueError(
                 f"model_class_name must be one of {list(MODEL_CLASSES)}, got "

@@ -103,8 +103,9 @@ def nested(given: Mapping[str, Any]) -> Nested:
     _refuse_what_is_gone(options)
     _refuse_free_norms(options, sae_options)
     _place_layer(options, values)
-    if "n_batches_in_buffer" in values:  # batches of prompts then, contexts now
-        values["n_batches_in_buffer"] *= values.get("store_batch_size_prompts", 32)
+    # Batches of prompts then, contexts now.
+    prompts = values.get("store_batch_size_prompts", 32)
+    values["n_batches_in_buffer"] = prompts * values.get("n_batches_in_buffer", 20)
     unit_rows = options.get("normalize_sae_decoder", True)
     sae = flat_sae(sae_options, sae_fields, values.get("dtype", "float32"), unit_rows)
     ours = {"unit_norm_decoder": unit_rows, "b_dec_init": _b_dec_init(options), "sae": sae}

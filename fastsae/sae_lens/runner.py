@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.data import LanguageModel, load_language_model
 from fastsae.extras import require
-from fastsae.files import replacing, write_json
+from fastsae.files import write_json
 from fastsae.interop.formats import load_sae
 from fastsae.interop.transformer_lens import as_language_model
 from fastsae.sae_lens.activations_store import ActivationsStore
@@ -32,6 +31,7 @@ from fastsae.training import (
     Trainer,
 )
 from fastsae.training.checkpoint import load_checkpoint
+from fastsae.training.trainer import write_sparsity
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ SAMPLE_BATCHES = 16
 """Most batches that decide the scale of the rows: 16 of 4096 rows settle a mean norm to 0.1 %."""
 NO_DENSE_ROW_GRADIENT = ("matching_pursuit",)
 """Architectures whose loss reaches the dictionary through plain autograd."""
+
+
+OF_NO_ROW = ("center_writing_weights", "fold_ln", "center_unembed")
+"""Processing of TransformerLens's after which the residual stream is what it was, but for its mean,
+which is taken off the rows."""
 
 
 class LanguageModelSAETrainingRunner:
@@ -88,7 +93,7 @@ class LanguageModelSAETrainingRunner:
         return self.trainer.sae
 
     def run(self) -> SAE:
-        """Train, evaluate and save; returns the SAE as it is used.
+        """Train, save and evaluate; returns the SAE as it is used.
 
         Afterwards `metrics`, here and on `trainer`, hold "l0", "explained_variance",
         "ce_loss_score", "dead_latents" and the rest of the evaluation, on contexts that follow
@@ -99,7 +104,7 @@ class LanguageModelSAETrainingRunner:
             ValueError: activations hold NaN or inf, or an argument breaks the rule it names.
         """
         cfg, trainer = self.cfg, self.trainer
-        batches = self._batches()
+        batches: Iterator[Tensor] = iter(self.activations_store)
         sample = list(islice(batches, self._sample_size()))
         batches = chain(sample, batches)
         if cfg.resume_from_checkpoint is not None:
@@ -119,13 +124,13 @@ class LanguageModelSAETrainingRunner:
                     wandb.log_evaluation(line["step"], self.evaluate(trainer.export()))
 
             sae = trainer.fit(batches, sample=torch.cat(sample), progress=on_line)
-            self.metrics = trainer.metrics = trainer.metrics | self._headline(sae)
-            wandb.log_evaluation(trainer.steps_done, self.metrics["evaluation"])
             if cfg.hook_name.endswith("hook_z") and cfg.hook_head_index is None:
                 sae.cfg = replace(sae.cfg, reshape_activations="hook_z")  # as models have it
-            if cfg.output_path is not None:
+            if cfg.output_path is not None:  # before the evaluation, which may fail
                 self._save(sae, Path(cfg.output_path))
                 wandb.save(Path(cfg.output_path))
+            self.metrics = trainer.metrics = trainer.metrics | self._headline(sae)
+            wandb.log_evaluation(trainer.steps_done, self.metrics["evaluation"])
         return hooked(sae)
 
     def evaluate(self, sae: SAE) -> dict[str, Any]:
@@ -218,9 +223,6 @@ class LanguageModelSAETrainingRunner:
         most = min(self.cfg.n_batches_for_norm_estimate, SAMPLE_BATCHES, steps)
         return max(1, most) if needed else 1
 
-    def _batches(self) -> Iterator[Tensor]:
-        return iter(self.activations_store)
-
     def _bar(self) -> Any:
         tqdm = require("tqdm.auto", extra="train").tqdm
         total = self.trainer.cfg.total_tokens
@@ -228,8 +230,7 @@ class LanguageModelSAETrainingRunner:
 
     def _save(self, sae: SAE, folder: Path) -> None:
         sae.save_model(folder)
-        with replacing(folder / "sparsity.safetensors") as temporary:
-            save_file({"sparsity": self.trainer.log_sparsity().float().cpu()}, temporary)
+        write_sparsity(folder, self.trainer.log_sparsity().float().cpu())
         write_json(folder / "runner_cfg.json", self.cfg.to_dict())
 
 
@@ -239,7 +240,21 @@ class SAETrainingRunner(LanguageModelSAETrainingRunner):
 
 def _load_model(cfg: LanguageModelSAERunnerConfig) -> LanguageModel:
     """The Hugging Face model: its residual stream is TransformerLens's, without its processing."""
-    return load_language_model(_official_name(cfg.model_name), device=cfg.llm_device or cfg.device)
+    asked = dict(cfg.model_from_pretrained_kwargs or {})
+    dtype, revision = asked.pop("dtype", None), asked.pop("revision", "main")
+    for name, value in asked.items():
+        if value and name not in OF_NO_ROW:
+            raise ValueError(
+                "model_from_pretrained_kwargs must be of 'dtype', 'revision' and "
+                f"{list(OF_NO_ROW)}, got {name}={value!r}; pass a model that was loaded with it as "
+                "override_model"
+            )
+    return load_language_model(
+        _official_name(cfg.model_name),
+        device=cfg.llm_device or cfg.device,
+        dtype=dtype and getattr(torch, str(dtype).removeprefix("torch.")),
+        revision=revision,
+    )
 
 
 def _official_name(name: str) -> str | None:

@@ -1,11 +1,13 @@
 """Contexts of tokens from a dataset, put together as SAELens puts them."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from fastsae.data import load_text
+from fastsae.data.text import Document
 from fastsae.extras import require
 
 Separator = int | Literal["bos", "eos", "sep"] | None
@@ -13,6 +15,16 @@ TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
 CHAT_COLUMNS = ("conversation", "conversations", "messages")
 BLOCK_ROWS = 8
+
+
+@dataclass(frozen=True)
+class DocumentRows(Iterable[dict[str, Any]]):
+    """Documents as rows of a dataset; a stream of them stays one."""
+
+    documents: Iterable[Document]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"text" if isinstance(d, str) else "tokens": d} for d in self.documents)
 
 
 def rows_of(dataset: Any, streaming: bool = True) -> Iterable[dict[str, Any]]:
@@ -38,8 +50,7 @@ def rows_of(dataset: Any, streaming: bool = True) -> Iterable[dict[str, Any]]:
         kind = {".jsonl": "json", ".json": "json"}.get(path.suffix, path.suffix[1:])
         source = {"path": kind, "data_files": [str(path)], "split": "train", "streaming": True}
         return datasets.load_dataset(**source)
-    text = load_text(str(dataset) or None)
-    return [{"text": document} for document in text.documents]
+    return DocumentRows(load_text(str(dataset) or None).documents)
 
 
 def sequences_of(

@@ -62,6 +62,11 @@ def row_mean(rows: Float[Tensor, "N D"]) -> Float[Tensor, " D"]:
     return rows.mean(0)
 
 
+def warmed_up(coefficient: float, steps: int, step: int) -> float:
+    """A coefficient at a step: linear from 0 over so many steps."""
+    return coefficient if step >= steps else coefficient * step / steps
+
+
 class SAE(nn.Module, ABC):
     """x_hat = decode(encode(x)), with W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D].
 

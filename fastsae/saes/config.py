@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
-
+from fastsae.checks import check_choice, check_counts, check_float_dtype
 from fastsae.saes.metadata import Metadata
 
 Normalization = Literal[
@@ -48,20 +47,10 @@ class SAEConfig:
     """Where the SAE belongs: model_name, hook_name, context_size, ..."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, choices in (
-            ("normalize_activations", self.normalizations),
-            ("reshape_activations", get_args(Reshaping)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}"
-                )
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype must name a floating torch dtype, got {self.dtype!r}")
+        check_counts(self, "d_in", "d_sae")
+        check_choice(self, "normalize_activations", self.normalizations)
+        check_choice(self, "reshape_activations", get_args(Reshaping))
+        check_float_dtype(self, "dtype")
         if not self.decoder_init_norm > 0:
             raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
         object.__setattr__(self, "metadata", Metadata(self.metadata))

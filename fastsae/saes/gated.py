@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsae.saes.base import SAE, SAELoss
+from fastsae.checks import check_counts
+from fastsae.saes.base import SAE, SAELoss, warmed_up
 from fastsae.saes.config import SAEConfig
 from fastsae_kernels import ChunkSums, RaggedCode, row_chunked_loss, threshold_encode
 
@@ -33,8 +34,7 @@ class GatedConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.l1_warm_up_steps < 0:
-            raise ValueError(f"l1_warm_up_steps must be at least 0, got {self.l1_warm_up_steps}")
+        check_counts(self, "l1_warm_up_steps", least=0)
 
 
 class GatedSAE(SAE):
@@ -114,9 +114,7 @@ class GatedSAE(SAE):
 
     def l1_coefficient(self, step: int) -> float:
         """The weight of the sparsity term at a step: linear from 0 over the warm-up."""
-        if step >= self.cfg.l1_warm_up_steps:
-            return self.cfg.l1_coefficient
-        return self.cfg.l1_coefficient * step / self.cfg.l1_warm_up_steps
+        return warmed_up(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps, step)
 
     @property
     def encoder_biases(self) -> list[Tensor]:

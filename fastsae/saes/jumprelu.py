@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsae.saes.base import SAE, SAELoss, TrainingRows
+from fastsae.checks import check_choice, check_counts
+from fastsae.saes.base import SAE, SAELoss, TrainingRows, warmed_up
 from fastsae.saes.config import SAEConfig
 from fastsae.saes.density import is_sparse
 from fastsae_kernels import (
@@ -61,19 +62,14 @@ class JumpReLUConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.jumprelu_sparsity_loss_mode not in get_args(SparsityLoss):
-            raise ValueError(
-                f"jumprelu_sparsity_loss_mode must be one of {list(get_args(SparsityLoss))}, "
-                f"got {self.jumprelu_sparsity_loss_mode!r}"
-            )
+        check_choice(self, "jumprelu_sparsity_loss_mode", get_args(SparsityLoss))
         if not self.jumprelu_bandwidth > 0:
             raise ValueError(f"jumprelu_bandwidth must be above 0, got {self.jumprelu_bandwidth}")
         if self.jumprelu_init_threshold < 0:
             raise ValueError(
                 f"jumprelu_init_threshold must be at least 0, got {self.jumprelu_init_threshold}"
             )
-        if self.l0_warm_up_steps < 0:
-            raise ValueError(f"l0_warm_up_steps must be at least 0, got {self.l0_warm_up_steps}")
+        check_counts(self, "l0_warm_up_steps", least=0)
         if self.jumprelu_sparsity_loss_mode == "quadratic" and not (
             self.target_l0 is not None and 0 < self.target_l0 <= self.d_sae
         ):
@@ -144,9 +140,7 @@ class JumpReLUSAE(SAE):
 
     def l0_coefficient(self, step: int) -> float:
         """The weight of the sparsity term at a step: linear from 0 over the warm-up."""
-        if step >= self.cfg.l0_warm_up_steps:
-            return self.cfg.l0_coefficient
-        return self.cfg.l0_coefficient * step / self.cfg.l0_warm_up_steps
+        return warmed_up(self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps, step)
 
     def _takes_pairs(self, x: Tensor, dead: Tensor | None) -> bool:
         """Whether active pairs and those of the band are all that the loss reads, and few."""

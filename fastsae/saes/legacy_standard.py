@@ -73,7 +73,7 @@ class LegacyStandardSAE(StandardSAE):
         """A plain StandardSAE over the same weights: only the loss is of another time."""
         fields = {k: v for k, v in vars(self.cfg).items() if k != "mse_loss_normalization"}
         fields["l1_coefficient"] = self.cfg.equivalent_l1_coefficient
-        sae = StandardSAE(StandardConfig(**fields), device=torch.device("meta"))
+        sae = StandardSAE(StandardConfig(**fields), device=torch.device("meta"), shards=self.shards)
         sae.load_state_dict(self.state_dict(), assign=True)
         return sae
 

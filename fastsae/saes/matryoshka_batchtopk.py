@@ -24,8 +24,8 @@ class MatryoshkaBatchTopKConfig(BatchTopKConfig):
     architecture: ClassVar[str] = "matryoshka_batchtopk"
 
     matryoshka_widths: Sequence[int] = ()
-    """Numbers of latents, ascending; d_sae is added where it is not the last. Empty: powers of two
-    of which d_sae is the last, four of them."""
+    """Numbers of latents, ascending; d_sae is added where it is not the last. Empty: an
+    eighth, a quarter, half and all of d_sae."""
     use_matryoshka_aux_loss: bool = False
     """Whether the dead latents of each level learn from what that level leaves over."""
 

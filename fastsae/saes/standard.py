@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.saes.base import SAE, SAELoss, TrainingRows
+from fastsae.checks import check_counts
+from fastsae.saes.base import SAE, SAELoss, TrainingRows, warmed_up
 from fastsae.saes.config import SAEConfig
 from fastsae.saes.density import is_sparse
 from fastsae_kernels import (
@@ -45,8 +46,7 @@ class StandardConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.l1_warm_up_steps < 0:
-            raise ValueError(f"l1_warm_up_steps must be at least 0, got {self.l1_warm_up_steps}")
+        check_counts(self, "l1_warm_up_steps", least=0)
         if not self.lp_norm > 0:
             raise ValueError(f"lp_norm must be above 0, got {self.lp_norm}")
 
@@ -162,9 +162,7 @@ class StandardSAE(SAE):
 
     def l1_coefficient(self, step: int) -> float:
         """The weight of the sparsity term at a step: linear from 0 over the warm-up."""
-        if step >= self.cfg.l1_warm_up_steps:
-            return self.cfg.l1_coefficient
-        return self.cfg.l1_coefficient * step / self.cfg.l1_warm_up_steps
+        return warmed_up(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps, step)
 
 
 def ghost_loss(ghost: Tensor, err: Tensor) -> Float[Tensor, ""]:

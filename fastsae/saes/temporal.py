@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsae.checks import check_choice
 from fastsae.saes.base import SAE, SAELoss
 from fastsae.saes.config import SAEConfig
 from fastsae_kernels import RaggedCode, SparseCode, threshold_encode, topk_encode
@@ -56,11 +57,7 @@ class TemporalConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sae_diff_type not in get_args(Novelty):
-            raise ValueError(
-                f"sae_diff_type must be one of {list(get_args(Novelty))}, "
-                f"got {self.sae_diff_type!r}"
-            )
+        check_choice(self, "sae_diff_type", get_args(Novelty))
         if self.d_sae % (self.bottleneck_factor * self.n_heads):
             raise ValueError(
                 f"d_sae must be a multiple of bottleneck_factor * n_heads = "

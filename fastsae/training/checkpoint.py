@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from fastsae.saes import SAE
 from fastsae.training.config import TrainConfig
 from fastsae.training.memory_order import restore_memory_order
 from fastsae.training.optimizer import DICTIONARY
+from fastsae.training.scaling import build_scaling
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
@@ -128,6 +129,30 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
     trainer.copy_weights()
     trainer.steps_done = state["steps_done"]
     trainer.training_seconds = state["training_seconds"]
+
+
+def load_as_used(path: Path) -> SAE:
+    """The SAE of a checkpoint, as the run would have exported it there.
+
+    Raises:
+        ValueError: a file is damaged, or the checkpoint is one of several processes.
+    """
+    if not (path / TENSORS).is_file():
+        raise ValueError(
+            f"path must be a checkpoint with {TENSORS}, got {path}, which several processes wrote; "
+            "resume the run, or use the folder sae that it ends with"
+        )
+    sae = SAE.load_from_disk(path)
+    scaling = build_scaling(sae.cfg.normalize_activations)
+    try:
+        with safe_open(path / TENSORS, "pt") as file:
+            names = filter(lambda name: name.startswith("scaling."), file.keys())
+            scaling.load_state_dict(
+                {name.removeprefix("scaling."): file.get_tensor(name) for name in names}
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    return scaling.as_used(sae)
 
 
 def _load_whole(trainer: "Trainer", path: Path, tensors: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
+from fastsae.checks import check_choice, check_counts, check_float_dtype
 from fastsae.saes import SAEConfig
 from fastsae.training import defaults
 from fastsae.training.centre import CENTRES, Centre
@@ -43,7 +44,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name, known in {"kind": Kind, "moments": Moments, "rounding": Rounding}.items():
-            _check_choice(self, name, known)
+            check_choice(self, name, get_args(known))
         if self.kind != "row_adam" and (self.moments, self.rounding) != ("float32", "nearest"):
             raise ValueError(
                 "moments and rounding must be 'float32' and 'nearest' for every kind but "
@@ -72,12 +73,11 @@ class ScheduleConfig:
     """Cosines in a row, under `cosine_restarts`."""
 
     def __post_init__(self) -> None:
-        _check_choice(self, "lr_curve", Schedule)
-        _check_counts(self, ("warm_up_steps", "decay_steps"), least=0)
+        check_choice(self, "lr_curve", get_args(Schedule))
+        check_counts(self, "warm_up_steps", "decay_steps", least=0, optional=True)
         if self.lr_end is not None and self.lr_end < 0:
             raise ValueError(f"lr_end must be at least 0 or None, got {self.lr_end}")
-        if self.restart_cycles < 1:
-            raise ValueError(f"restart_cycles must be at least 1, got {self.restart_cycles}")
+        check_counts(self, "restart_cycles")
 
     def resolved(self, steps: int, lr: float) -> "ScheduleConfig":
         """Of a run of so many steps and a peak rate, with every None replaced by its default."""
@@ -139,9 +139,8 @@ class CheckpointConfig:
     """Whether the last step is saved too, wherever it falls."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, ("every", "keep_every"), prefix="checkpoint.")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
+        check_counts(self, "every", "keep_every", optional=True, prefix="checkpoint.")
+        check_counts(self, "keep", prefix="checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +181,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.sae.check_trainable()
-        if self.b_dec_init not in CENTRES:
-            raise ValueError(f"b_dec_init must be one of {list(CENTRES)}, got {self.b_dec_init!r}")
-        _check_choice(self, "exchange", Exchanged)
+        check_choice(self, "b_dec_init", CENTRES)
+        check_choice(self, "exchange", get_args(Exchanged))
         if self.W_dec_init is not None:
-            _check_choice(self, "W_dec_init", Directions)
+            check_choice(self, "W_dec_init", get_args(Directions))
         if self.W_dec_init == "rows" and "transcoder" in self.sae.architecture:
             raise ValueError(
                 "W_dec_init must be 'random' for a transcoder, whose encoder and decoder are of "
@@ -196,16 +194,11 @@ class TrainConfig:
             raise ValueError(
                 f"exchange must be 'auto' or 'pairs' for kind {self.optimizer.kind!r}, got 'rows'"
             )
-        if self.total_tokens < 1:
-            raise ValueError(f"total_tokens must be at least 1, got {self.total_tokens}")
         if self.compute_dtype is not None:
-            dtype = getattr(torch, self.compute_dtype, None)
-            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-                raise ValueError(
-                    f"compute_dtype must name a floating torch dtype or be None, "
-                    f"got {self.compute_dtype!r}"
-                )
-        _check_counts(self, ("batch_size", "micro_batch_size", "dead_window", "resample_every"))
+            check_float_dtype(self, "compute_dtype")
+        check_counts(self, "total_tokens")
+        optional = ("batch_size", "micro_batch_size", "dead_window", "resample_every")
+        check_counts(self, *optional, optional=True)
 
     def resolved(self, device: torch.device) -> "TrainConfig":
         """The same run with every None replaced by its default."""
@@ -228,16 +221,3 @@ class TrainConfig:
         if self.batch_size is None:
             raise ValueError("batch_size must be resolved before total_steps is known, got None")
         return max(1, self.total_tokens // self.batch_size)
-
-
-def _check_choice(cfg: object, name: str, known: object) -> None:
-    value = getattr(cfg, name)
-    if value not in get_args(known):
-        raise ValueError(f"{name} must be one of {list(get_args(known))}, got {value!r}")
-
-
-def _check_counts(cfg: object, names: tuple[str, ...], least: int = 1, prefix: str = "") -> None:
-    for name in names:
-        value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise ValueError(f"{prefix}{name} must be at least {least} or None, got {value}")

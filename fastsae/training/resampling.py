@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fastsae.saes import SAE, SAELoss
 from fastsae.training.dense_optimizers import DenseOptimizer
@@ -48,8 +49,10 @@ def resample(
     target = x if loss.target is None else loss.target[rows].to(sae.dtype)
     decoder_norm = sae.W_dec.norm(dim=1)[~dead].mean()
     encoder_norm = sae.W_enc.norm(dim=0)[~dead].mean() * ENCODER_SHARE
-    sae.W_dec[latents] = decoder_norm * _unit(target - sae.b_dec)
-    sae.W_enc[:, latents] = (encoder_norm * _unit(x if sae.b_pre is None else x - sae.b_pre)).t()
+    sae.W_dec[latents] = decoder_norm * normalize(target - sae.b_dec)
+    sae.W_enc[:, latents] = (
+        encoder_norm * normalize(x if sae.b_pre is None else x - sae.b_pre)
+    ).t()
     for bias in sae.encoder_biases:
         bias[latents] = 0
     for parameter in (sae.W_dec, sae.W_enc, *sae.encoder_biases):
@@ -60,7 +63,3 @@ def resample(
     for parameter, copy in optimizer.copies.items():
         copy.copy_(parameter)
     return latents
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

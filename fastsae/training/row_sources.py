@@ -81,6 +81,7 @@ class ModelSource:
             "dataset_split": run.split,
             "text_column": run.text_column,
             "held_out_seed": run.seed,
+            "skip_first": RowRules.skip_first,
             "drop_special": run.drop_special,
             "massive_multiple": run.massive_multiple,
         }
@@ -262,6 +263,7 @@ class ShardSource:
             "dataset_split": source["split"],
             "text_column": source["text_column"],
             "held_out_seed": source["seed"],
+            "skip_first": source["skip_first"],
             "drop_special": bool(source["dropped_tokens"]),
             "massive_multiple": source["massive_multiple"],
             "activations_sha256": hashlib.sha256(digests.encode()).hexdigest(),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fastsae.checks import check_choice, check_counts
 from fastsae.distributed.mesh import TIMEOUT_SECONDS
 from fastsae.saes import SAES
 from fastsae.saes.transcoder import Transcodes
@@ -122,9 +123,7 @@ class LanguageModelRun:
     def __post_init__(self) -> None:
         if self.layer is not None and self.hook is not None:
             raise ValueError(f"layer must be None when hook is given, got {self.layer}")
-        for name in ("tokens", "eval_tokens", "checkpoints", "context_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "tokens", "eval_tokens", "checkpoints", "context_size")
         if self.variant not in SAES:
             raise ValueError(f"variant must be one of {sorted(SAES)}, got {self.variant!r}")
         if issubclass(SAES[self.variant], Transcodes):
@@ -132,10 +131,7 @@ class LanguageModelRun:
                 f"variant must reconstruct its input, got {self.variant!r}: a transcoder trains "
                 "with Trainer, on pairs of rows and targets"
             )
-        if self.distribute not in get_args(Distribution):
-            raise ValueError(
-                f"distribute must be one of {list(get_args(Distribution))}, got {self.distribute!r}"
-            )
+        check_choice(self, "distribute", get_args(Distribution))
         for name in ("dp", "tp"):
             value = getattr(self, name)
             if value is not None and (value < 1 or self.distribute == "layers"):

@@ -36,6 +36,13 @@ class Scaling:
     def unfold(self, sae: SAE) -> None:
         """Make `sae`, which takes rows as they are, one of mapped rows: where training goes on."""
 
+    def as_used(self, sae: SAE) -> SAE:
+        """Fold what can be folded into `sae`, which changes, and give it the form it is used in."""
+        self.fold(sae)
+        if sae.can_fold_W_dec_norm:
+            sae.fold_W_dec_norm()
+        return sae.inference_form()
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -114,13 +121,16 @@ class Whitening(Scaling):
         self.matrix, self.inverse = vectors / roots, (vectors * roots).t().contiguous()
 
     def apply(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return (x - self.mean.to(x)) @ self.matrix.to(x)
+        self._move_to(x.device)
+        return (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype)
 
     def fold(self, sae: SAE) -> None:
+        self._move_to(sae.device)
         sae.fold_activation_whitening(self.mean, self.matrix, self.inverse)
 
     def unfold(self, sae: SAE) -> None:
         cfg = sae.cfg
+        self._move_to(sae.device)
         sae.fold_activation_whitening(-self.mean @ self.matrix, self.inverse, self.matrix)
         sae.cfg = cfg
 
@@ -128,9 +138,14 @@ class Whitening(Scaling):
         return {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        device = self.mean.device
         self.mean, self.matrix, self.inverse = (
-            state[name].to(device) for name in ("mean", "matrix", "inverse")
+            state[name] for name in ("mean", "matrix", "inverse")
+        )
+
+    def _move_to(self, device: torch.device) -> None:
+        """Where the rows are: what a checkpoint gave is on the CPU."""
+        self.mean, self.matrix, self.inverse = (
+            t.to(device) for t in (self.mean, self.matrix, self.inverse)
         )
 
 

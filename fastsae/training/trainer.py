@@ -181,10 +181,7 @@ class Trainer(Update):
         the others is the whole dictionary's; `write_sae` puts the shards together on disk."""
         sae = copy.deepcopy(self.sae)
         sae.compute_copies = {}
-        self.scaling.fold(sae)
-        if sae.can_fold_W_dec_norm:
-            sae.fold_W_dec_norm()
-        return sae.inference_form()
+        return self.scaling.as_used(sae)
 
     def write_sae(self, folder: Path) -> None:
         """Write the SAE as it is exported, in SAELens's format, with how often each latent fired.

@@ -82,6 +82,30 @@ def check_code(acts: Tensor, indices: Tensor) -> None:
         )
 
 
+def check_encoder(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor | None,
+    scale: Tensor | None = None,
+    W_compute: Tensor | None = None,
+) -> None:
+    """x [..., D], W_enc [D, F] and what goes with it."""
+    check_float("W_enc", W_enc)
+    check_shape("W_enc", W_enc, "[D, F]", (None, None))
+    d_in, d_sae = W_enc.shape
+    check_rows("x", x, d_in)
+    vectors = (("b_enc", b_enc, "[F]", d_sae), ("b_pre", b_pre, "[D]", d_in))
+    for name, vector, letters, size in (*vectors, ("scale", scale, "[F]", d_sae)):
+        if vector is not None:
+            check_float(name, vector)
+            check_shape(name, vector, letters, (size,))
+    if W_compute is not None:
+        check_float("W_compute", W_compute)
+        check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
+    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
+
+
 def check_decoder(W_dec: Tensor, b_dec: Tensor | None) -> None:
     """W_dec [F, D], or [F, T, D] for T targets, and b_dec of one of its rows' shape."""
     check_float("W_dec", W_dec)

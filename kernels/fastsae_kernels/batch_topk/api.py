@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from fastsae_kernels._checks import check_float, check_same_device, check_shape
+from fastsae_kernels._checks import check_encoder, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import MOST_ENTRIES, RaggedCode
 from fastsae_kernels.shards import Shards, check_shards
@@ -43,25 +43,11 @@ def batch_topk_encode(
         ValueError: k, a shape or a device breaks the rule it names.
         TypeError: a dtype does.
     """
-    check_float("W_enc", W_enc)
-    check_shape("W_enc", W_enc, "[D, F]", (None, None))
+    check_encoder(x, W_enc, b_enc, b_pre, scale, W_compute)
     d_in, d_sae = W_enc.shape
-    check_float("x", x)
     check_shape("x", x, "[B, D]", (None, d_in))
-    check_float("b_enc", b_enc)
-    check_shape("b_enc", b_enc, "[F]", (d_sae,))
-    if b_pre is not None:
-        check_float("b_pre", b_pre)
-        check_shape("b_pre", b_pre, "[D]", (d_in,))
-    if scale is not None:
-        check_float("scale", scale)
-        check_shape("scale", scale, "[F]", (d_sae,))
     if shards is None and not 0 < k <= d_sae:
         raise ValueError(f"k must be in (0, F] with F = {d_sae}, got {k}")
-    if W_compute is not None:
-        check_float("W_compute", W_compute)
-        check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
-    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
     n_rows = x.shape[0] if shards is None else shards.batch_rows(x.shape[0])
     n_kept = int(k * n_rows)
     if n_kept > MOST_ENTRIES:

@@ -1,8 +1,8 @@
 """Moments in bf16, written with stochastic rounding.
 
 bf16 keeps 8 significant bits, so a number moves only when it is changed by more than 1/512 of
-itself. A second moment changes by (1 - b2) = 1/1000 of itself or less near its goal: rounded to
-nearest it would stand still, and never decay once the gradient fell. Rounding up with the
+itself. A second moment changes by 1 - b2 of itself or less near its goal: with b2 = 0.999 it would
+stand still if rounded to nearest, and never decay once the gradient fell. Rounding up with the
 probability of the part cut off is right on average. The random bits are a hash of row, column and
 step, so a step repeated gives the same bits; the first moment takes the lower sixteen, the second
 the upper. `optimizer/kernel.py` computes the same hash.

@@ -2,7 +2,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
+from fastsae_kernels._checks import check_encoder, check_float, check_same_device, check_shape
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode
 
@@ -67,13 +67,8 @@ def threshold_encode(
         ValueError: a shape, a device or the threshold breaks the rule it names.
         TypeError: a dtype does.
     """
-    _check_encoder(x, W_enc, b_enc, b_pre)
+    check_encoder(x, W_enc, b_enc, b_pre, scale, W_compute)
     check_shape("x", x, "[B, D]", (None, W_enc.shape[0]))
-    if scale is not None:
-        check_float("scale", scale)
-        check_shape("scale", scale, "[F]", (W_enc.shape[1],))
-    _check_compute_copy(W_compute, W_enc)
-    check_same_device(x=x, scale=scale, W_compute=W_compute)
     if isinstance(threshold, Tensor):
         check_float("threshold", threshold)
         if threshold.ndim != 0:
@@ -130,12 +125,11 @@ def jumprelu_encode(
         ValueError: a shape, a device or the bandwidth breaks the rule it names.
         TypeError: a dtype does.
     """
-    _check_encoder(x, W_enc, b_enc, b_pre)
+    check_encoder(x, W_enc, b_enc, b_pre, W_compute=W_compute)
     check_shape("x", x, "[B, D]", (None, W_enc.shape[0]))
-    _check_compute_copy(W_compute, W_enc)
     check_float("threshold", threshold)
     check_shape("threshold", threshold, "[F]", (W_enc.shape[1],))
-    check_same_device(x=x, threshold=threshold, W_compute=W_compute)
+    check_same_device(x=x, threshold=threshold)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
     impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
@@ -181,7 +175,7 @@ def relu_l1_loss(
         ValueError: a shape, a device or `lp_norm` breaks the rule it names.
         TypeError: a dtype does.
     """
-    _check_encoder(x, W_enc, b_enc, b_pre)
+    check_encoder(x, W_enc, b_enc, b_pre)
     check_float("W_dec", W_dec)
     check_shape("W_dec", W_dec, "[F, D]", (W_enc.shape[1], x.shape[-1]))
     check_shape("b_dec", b_dec, "[D]", (W_dec.shape[1],))
@@ -193,21 +187,3 @@ def relu_l1_loss(
     else:
         from fastsae_kernels.threshold.function import relu_l1_loss as run
     return ReLUL1(*run(x, W_enc, b_enc, W_dec, b_dec, l1_coefficient, lp_norm, b_pre))
-
-
-def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor | None) -> None:
-    check_float("W_enc", W_enc)
-    check_shape("W_enc", W_enc, "[D, F]", (None, None))
-    check_rows("x", x, W_enc.shape[0])
-    check_float("b_enc", b_enc)
-    check_shape("b_enc", b_enc, "[F]", (W_enc.shape[1],))
-    if b_pre is not None:
-        check_float("b_pre", b_pre)
-        check_shape("b_pre", b_pre, "[D]", (W_enc.shape[0],))
-    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
-
-
-def _check_compute_copy(W_compute: Tensor | None, W_enc: Tensor) -> None:
-    if W_compute is not None:
-        check_float("W_compute", W_compute)
-        check_shape("W_compute", W_compute, "W_enc's", tuple(W_enc.shape))
