@@ -39,7 +39,7 @@ def steps(repeats: int) -> list[Row]:
     pair = ["fastsae", "sae-lens"]
     return [
         *told(times(small, STEP_PROVIDERS, repeats)),
-        *told(times(large, LARGE_STEP_PROVIDERS, 3)),
+        *told(times(large, LARGE_STEP_PROVIDERS, 2)),
         *told(times(small, pair, 3, 0.05)),
         *told(times(small, pair, 3, skewed=True)),
         *memory(small),
@@ -65,7 +65,7 @@ def curves() -> list[Row]:
 
 
 def whole_jobs() -> list[Row]:
-    return end_to_end.main(["--tokens", "16384", "--held-out", "2048", "--turns", "2"])
+    return end_to_end.main(["--tokens", "12288", "--held-out", "2048", "--turns", "2"])
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {

@@ -36,7 +36,7 @@ def case_at(axis: str, value: int) -> Case:
 def curve(axis: str, providers: list[str], repeats: int) -> list[Row]:
     found = []
     for value in AXES[axis]:
-        mine = providers if not (axis == "F" and value > DENSE_LIMIT) else ["fastsae"]
+        mine = providers if not (axis == "F" and value >= DENSE_LIMIT) else ["fastsae"]
         rows = times(case_at(axis, value), mine, repeats)
         for row in rows:
             found.append({**row, "bench": "scaling", "axis": axis, "value": value})

@@ -8,7 +8,8 @@ import argparse
 from pathlib import Path
 
 from bench.report import plots
-from bench.report.page import page, readme_lines
+from bench.report.page import page
+from bench.report.readme import readme_lines
 from bench.report.rows import committed, read
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def with_numbers(readme: str) -> str:
     """The README with the table between its markers."""
     before, rest = readme.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    lines = readme_lines(committed("cpu"), committed("gpu"))
+    lines = readme_lines(committed("cpu"), committed("gpu"), committed("quality"))
     return before + "\n".join([MARKERS[0], *lines, MARKERS[1]]) + after
 
 

@@ -1,10 +1,10 @@
-"""docs/benchmarks.md and the README's table, from result rows."""
+"""docs/benchmarks.md, from result rows."""
 
 from collections.abc import Callable
 
 from bench.report.gpu import gpu_lines
 from bench.report.quality import report as quality_tables
-from bench.report.rows import Row, by_device, failures, newest, of, table, timed, where
+from bench.report.rows import Row, failures, newest, of, table, timed, where
 from bench.scaling import fit
 
 RUN = ("bench", "case", "dead", "usage")
@@ -160,71 +160,3 @@ def quality_lines(rows: list[Row]) -> list[str]:
         return []
     lines = ["", "## Quality at equal tokens", "", "`python -m bench.quality`"]
     return [*lines, "", "```", quality_tables(rows), "```", "", where(rows)]
-
-
-NAMES = {
-    "fastsae": "fastsae",
-    "gemm": "the encoder GEMM alone",
-    "plain-pytorch": "plain PyTorch (dense scores, sparse decode, fused Adam)",
-    "sparsify": "sparsify",
-    "dictionary-learning": "dictionary_learning",
-    "sae-lens": "SAELens",
-    "sae-lens-accelerated": "SAELens with fastsae inside (`accelerate`)",
-}
-
-
-def readme_lines(cpu: list[Row], gpu: list[Row]) -> list[str]:
-    """Ratios to our whole step, a column a case; on a GPU against its floor."""
-    rows = timed(of(newest(cpu, RUN), "train_step"))
-    rows = [row for row in rows if row["usage"] == "uniform"]
-    if not rows:
-        return []
-    found = _trainers(by_device(rows)[0])
-    on_gpu = timed(of(gpu, "train_step"))
-    if on_gpu:
-        found += ["", *_trainers(by_device(on_gpu)[0])]
-    steps = [r for r in of(gpu, "gpu_step") if r["provider"] in GPU_NAMES]
-    if steps:
-        steps = by_device(steps)[0]
-        columns = {"provider": "one training step, B=8192, K=64"}
-        for r in steps:
-            columns[r["case"]] = f"D={r['D']}, F={r['F']:,}"
-        by_name: dict[str, Row] = {}
-        for r in steps:
-            line = by_name.setdefault(r["provider"], {"provider": GPU_NAMES[r["provider"]]})
-            line[r["case"]] = f"{r['ms']:.1f} ms ({r['over_floor']:.2f} x floor)"
-        found += ["", *table(by_name.values(), columns), ""]
-        found += ["The floor is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
-        found += [f"and one gather, measured in the same run. {where(steps)}."]
-    return found
-
-
-def _trainers(rows: list[Row]) -> list[str]:
-    heads = {f"{r['case']}{r['dead']}": _head(r) for r in rows}
-    lines = []
-    for provider, name in NAMES.items():
-        line: Row = {"provider": name}
-        for r in rows:
-            if r["provider"] == provider:
-                line[f"{r['case']}{r['dead']}"] = _ms(r)
-        if len(line) > 1:
-            lines.append(line)
-    said = f"Times in milliseconds, and as multiples of ours. {where(rows)}."
-    return [*table(lines, {"provider": "one training step", **heads}), "", said]
-
-
-def _ms(r: Row) -> str:
-    digits = 0 if r["ms_p50"] >= 100 else 1
-    return f"{r['ms_p50']:.{digits}f} ms ({r['over_fastsae']:.2f}x)"
-
-
-GPU_NAMES = {
-    "fastsae": "fastsae's ops",
-    "fastsae.Trainer": "fastsae's trainer (clipping, AuxK, counters)",
-    "plain PyTorch, embedding_bag": "plain PyTorch (dense scores, sparse decode)",
-    "dense PyTorch, torch.compile": "dense PyTorch, `torch.compile`d",
-}
-
-
-def _head(r: Row) -> str:
-    return f"B={r['B']}, F={r['F']:,}" + (f", {r['dead']:.0%} dead" if r["dead"] else "")
