@@ -25,7 +25,8 @@ def sae_fields(variant: str) -> dict[str, Any]:
 
 
 def directions(architecture: str) -> Literal["random", "rows"]:
-    """Near rows where it was measured: FVU falls by 3 to 4 % at equal tokens, no latent dies."""
+    """Near rows where it was measured: FVU falls by 2 to 3 % at equal tokens and no latent dies;
+    latents are nearer to each other (mean largest cosine 0.38, 0.32 from random directions)."""
     near_rows = architecture in ("topk", "batchtopk", "matryoshka_batchtopk")
     return "rows" if near_rows else "random"
 
@@ -57,7 +58,7 @@ def warm_up_steps(total_steps: int) -> int:
 def decay_steps(total_steps: int, warm_up: int, lr_curve: str = "constant") -> int:
     """Linear from the peak to zero at the end; after a cosine, over the last half.
 
-    A rate that is constant until half of the run and falls then ends 2 to 4 % higher in FVU.
+    A rate that is constant until half of the run and falls then ends 3 % higher in FVU.
     """
     return total_steps - warm_up if lr_curve == "constant" else total_steps // 2
 
