@@ -15,7 +15,7 @@ Run = Callable[[], object]
 
 FLUSH_BYTES = 1 << 30
 MORE_TURNS = 5
-"""Most turns over those asked for, where runs are short."""
+"""Times as many turns as were asked for are the most, where runs are short."""
 
 
 def interleaved(

@@ -21,8 +21,9 @@ def check_counts(
             raise ValueError(f"{prefix}{name} must be at least {least}{or_none}, got {value}")
 
 
-def check_float_dtype(cfg: object, name: str) -> None:
-    value = getattr(cfg, name)
-    dtype = getattr(torch, value, None)
+def float_dtype(name: str, value: object) -> torch.dtype:
+    """The dtype that a field names, with or without `torch.`."""
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"{name} must name a floating torch dtype, got {value!r}")
+    return dtype

@@ -14,6 +14,7 @@ import torch
 
 from bench import (
     end_to_end,
+    measure,
     ops,
     pipeline,
     record,
@@ -277,6 +278,14 @@ def test_a_curve_tells_when_and_by_when():
     assert (fvu_at(curve, 2.9), fvu_at(curve, 0.9)) == (0.3, None)
 
 
+def test_short_runs_take_more_turns_and_ratios_are_of_the_same_turn():
+    for least, turns in ((0.0, {2}), (0.1, {3, 4, 5}), (60.0, {10})):
+        runs = {"a": lambda: time.sleep(0.02)}
+        seconds = measure.interleaved(runs, 2, warm_up=0, least_seconds=least)
+        assert len(seconds["a"]) in turns
+    assert measure.times_as_long([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+
+
 def test_a_clock_that_stands_counts_nothing():
     clock = Clock()
     clock.start()
@@ -303,7 +312,9 @@ def test_whole_jobs_of_several_layers_are_measured(monkeypatch, capsys):
     monkeypatch.setattr(end_to_end, "BATCH", 256)
     monkeypatch.setitem(end_to_end.METHODS, "again", lambda job, _: ours(job, Clock()))
     monkeypatch.setitem(end_to_end.METHODS, "broken", broken)
-    rows = end_to_end.measure(job, ["fastsae", "again", "broken"])
+    rows = end_to_end.measure(job, ["fastsae", "again", "broken"], turns=2)
+    order = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert order == ["fastsae", "again", "again", "fastsae"]
     assert [row["case"] for row in rows] == ["smollm2-135m layers 0, 1"] * 3
     assert rows[0]["over_fastsae"] == 1.0 and rows[0]["fraction"] > 0
     assert rows[1]["fvu"] == rows[0]["fvu"] < 1  # the mean of two SAEs that learned

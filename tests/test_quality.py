@@ -11,6 +11,7 @@ from bench.quality import data, synthetic
 from bench.quality.methods import Setting
 from bench.quality.search import ABLATIONS, SCHEDULES, our_defaults, trial
 from bench.report.quality import T_QUANTILES, interval, report
+from bench.report.readme import quality_table
 from tiny_models import save_tiny_llama
 
 
@@ -115,3 +116,17 @@ def test_a_difference_stands_beside_its_interval():
     repeated = [row | {"fvu": 0.5, "date": "1"} for row in rows[:2]]
     assert "fvu: -9.54 +- 1.13 %" in report(rows)
     assert report([*repeated, *rows]) == report(rows)
+
+
+def test_the_readme_has_the_setting_with_the_most_seeds():
+    def row(tokens, method, seed, fvu):
+        setting = {"source": "s", "architecture": "topk", "d_sae": 8, "k": 2, "tokens": tokens}
+        found = {"fvu": fvu, "ce_loss_score": 0.9, "never_fired": 0.25, "date": "1"}
+        return {"bench": "quality", "setting": setting, "method": method, "seed": seed, **found}
+
+    rows = [row(10, m, s, f) for m, f in (("fastsae", 0.2), ("sae-lens", 0.4)) for s in (0, 1)]
+    rows += [row(20, "fastsae", 0, 0.1), row(20, "sae-lens-tuned-own", 0, 0.1)]
+    text = "\n".join(quality_table(rows))
+    assert "s, topk, F=8, K=2, 10 tokens" in text and "20 tokens" not in text
+    assert "| fastsae, its defaults | 0.200 | 0.900 | 25.0% | 2 |" in text
+    assert "| SAELens, its defaults | 0.400 |" in text and "tuned |" not in text

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import fastsae
@@ -281,11 +282,25 @@ def test_the_model_by_name(tmp_path):
     assert trainer.metrics["l0"] == 4
 
 
-def test_how_the_model_is_loaded(tmp_path):
+def test_how_the_model_is_loaded(tmp_path, monkeypatch):
     folder = str(save_tiny_llama(tmp_path / "model"))
     kwargs = {"dtype": "float64", "fold_ln": True, "n_devices": None}
     cfg = config(tmp_path, model_name=folder, dataset_path="", model_from_pretrained_kwargs=kwargs)
     assert SAETrainingRunner(cfg).lm.model.dtype == torch.float64
+    cfg.model_from_pretrained_kwargs = {"dtype": "half8"}
+    with pytest.raises(ValueError, match="kwargs.dtype must name a floating torch dtype"):
+        SAETrainingRunner(cfg)
+    asked = []
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+
+        def load(*args, own=kind.from_pretrained, **kwargs):
+            asked.append(kwargs["revision"])
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    cfg.model_from_pretrained_kwargs = {"revision": "step3000"}
+    SAETrainingRunner(cfg)
+    assert asked == ["step3000"] * 2
     cfg.model_from_pretrained_kwargs = {"checkpoint_value": 3000}
     with pytest.raises(ValueError, match="got checkpoint_value=3000; pass a model that was loaded"):
         SAETrainingRunner(cfg)

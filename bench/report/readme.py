@@ -46,10 +46,10 @@ def readme_lines(cpu: list[Row], gpu: list[Row], quality: list[Row]) -> list[str
         found += ["", *table(by_name.values(), columns), ""]
         found += ["The floor is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
         found += [f"and one gather, measured in the same run. {where(steps)}."]
-    return found + _quality(of(newest(quality, QUALITY_RUN), "quality"))
+    return found + quality_table(of(newest(quality, QUALITY_RUN), "quality"))
 
 
-def _quality(rows: list[Row]) -> list[str]:
+def quality_table(rows: list[Row]) -> list[str]:
     """Of the setting with the most seeds of each method: what is compared there."""
     settings = by(rows, "setting").values()
     rows = max(settings, key=lambda rows: sum(r["method"] in METHODS for r in rows), default=[])

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastsae.checks import float_dtype
 from fastsae.data import capture, d_at, resolve_hook
 from fastsae.interop.transformer_lens import as_language_model
 from fastsae.sae_lens.mixing_buffer import MixingBuffer
@@ -93,7 +94,7 @@ class ActivationsStore:
         self.use_chat_formatting = use_chat_formatting
         self.excluded = self._special_ids(exclude_special_tokens)
         self.autocast_lm = autocast_lm
-        self.dtype: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
+        self.dtype = float_dtype("dtype", dtype)
         self.device = torch.device(device)
         self._contexts = self._read()
         self._batches = MixingBuffer(

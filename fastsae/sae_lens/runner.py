@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.checks import float_dtype
 from fastsae.data import LanguageModel, load_language_model
 from fastsae.extras import require
 from fastsae.files import write_json
@@ -39,8 +40,6 @@ SAMPLE_BATCHES = 16
 """Most batches that decide the scale of the rows: 16 of 4096 rows settle a mean norm to 0.1 %."""
 NO_DENSE_ROW_GRADIENT = ("matching_pursuit",)
 """Architectures whose loss reaches the dictionary through plain autograd."""
-
-
 OF_NO_ROW = ("center_writing_weights", "fold_ln", "center_unembed")
 """Processing of TransformerLens's after which the residual stream is what it was, but for its mean,
 which is taken off the rows."""
@@ -252,7 +251,7 @@ def _load_model(cfg: LanguageModelSAERunnerConfig) -> LanguageModel:
     return load_language_model(
         _official_name(cfg.model_name),
         device=cfg.llm_device or cfg.device,
-        dtype=dtype and getattr(torch, str(dtype).removeprefix("torch.")),
+        dtype=None if dtype is None else float_dtype("model_from_pretrained_kwargs.dtype", dtype),
         revision=revision,
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
-from fastsae.checks import check_choice, check_counts, check_float_dtype
+from fastsae.checks import check_choice, check_counts, float_dtype
 from fastsae.saes.metadata import Metadata
 
 Normalization = Literal[
@@ -50,7 +50,7 @@ class SAEConfig:
         check_counts(self, "d_in", "d_sae")
         check_choice(self, "normalize_activations", self.normalizations)
         check_choice(self, "reshape_activations", get_args(Reshaping))
-        check_float_dtype(self, "dtype")
+        float_dtype("dtype", self.dtype)
         if not self.decoder_init_norm > 0:
             raise ValueError(f"decoder_init_norm must be above 0, got {self.decoder_init_norm}")
         object.__setattr__(self, "metadata", Metadata(self.metadata))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from fastsae.checks import check_counts
 from fastsae.saes.base import SAE, SAELoss
 from fastsae.saes.config import SAEConfig
 from fastsae_kernels import RaggedCode, sparse_decode, topk_encode
@@ -36,8 +37,7 @@ class MatchingPursuitConfig(SAEConfig):
             raise ValueError(
                 f"residual_threshold must be at least 0, got {self.residual_threshold}"
             )
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}")
+        check_counts(self, "max_iterations", optional=True)
 
 
 class MatchingPursuitSAE(SAE):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from fastsae.checks import check_counts
 from fastsae.saes.base import SAE, SAELoss, TrainingRows, row_mean
 from fastsae.saes.config import SAEConfig
 from fastsae.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
@@ -45,8 +46,7 @@ class JumpReLUTranscoderConfig(JumpReLUConfig):
 
 
 def _check(cfg: SAEConfig) -> None:
-    if cfg.d_out < 1:
-        raise ValueError(f"d_out must be at least 1, got {cfg.d_out}")
+    check_counts(cfg, "d_out")
     if cfg.apply_b_dec_to_input:
         raise ValueError(
             "apply_b_dec_to_input must be False for a transcoder, whose b_dec has d_out entries, "

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from fastsae.training.scaling import build_scaling
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
+
+T = TypeVar("T")
 
 TENSORS = "trainer_state.safetensors"
 STATE = "trainer_state.json"
@@ -145,11 +148,7 @@ def load_as_used(path: Path) -> SAE:
     sae = SAE.load_from_disk(path)
     scaling = build_scaling(sae.cfg.normalize_activations)
     try:
-        with safe_open(path / TENSORS, "pt") as file:
-            names = filter(lambda name: name.startswith("scaling."), file.keys())
-            scaling.load_state_dict(
-                {name.removeprefix("scaling."): file.get_tensor(name) for name in names}
-            )
+        scaling.load_state_dict(under("scaling.", load_file(path / TENSORS)))
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     return scaling.as_used(sae)
@@ -161,20 +160,18 @@ def _load_whole(trainer: "Trainer", path: Path, tensors: dict[str, Tensor]) -> N
     saved = SAE.load_from_disk(path, device=trainer.device if sae.shards is None else "cpu")
     sae.load_state_dict(shard_of(sae, saved.state_dict()))
     for name, parameter in sae.named_parameters():
-        prefix = f"optimizer.{name}."
         trainer.optimizer.state[parameter] = {
-            key.removeprefix(prefix): _optimizer_state(trainer, name, parameter, tensor)
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
+            key: _optimizer_state(trainer, name, parameter, tensor)
+            for key, tensor in under(f"optimizer.{name}.", tensors).items()
         }
-    for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
-        part.load_state_dict(
-            {
-                k.removeprefix(prefix): part_of_latents(sae, "b_enc", t) if prefix == "dead." else t
-                for k, t in tensors.items()
-                if k.startswith(prefix)
-            }
-        )
+    counters = under("dead.", tensors)
+    trainer.dead.load_state_dict({k: part_of_latents(sae, "b_enc", t) for k, t in counters.items()})
+    trainer.scaling.load_state_dict(under("scaling.", tensors))
+
+
+def under(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Those whose names begin so, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
 def owns_rows(trainer: "Trainer", name: str) -> bool:

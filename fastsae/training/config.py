@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fastsae.checks import check_choice, check_counts, check_float_dtype
+from fastsae.checks import check_choice, check_counts, float_dtype
 from fastsae.saes import SAEConfig
 from fastsae.training import defaults
 from fastsae.training.centre import CENTRES, Centre
@@ -121,8 +121,7 @@ class LogConfig:
         for name in self.to:
             if name not in get_args(Tracking):
                 raise ValueError(f"log.to must be among {list(get_args(Tracking))}, got {name!r}")
-        if self.every < 1:
-            raise ValueError(f"log.every must be at least 1, got {self.every}")
+        check_counts(self, "every", prefix="log.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +194,7 @@ class TrainConfig:
                 f"exchange must be 'auto' or 'pairs' for kind {self.optimizer.kind!r}, got 'rows'"
             )
         if self.compute_dtype is not None:
-            check_float_dtype(self, "compute_dtype")
+            float_dtype("compute_dtype", self.compute_dtype)
         check_counts(self, "total_tokens")
         optional = ("batch_size", "micro_batch_size", "dead_window", "resample_every")
         check_counts(self, *optional, optional=True)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastsae.distributed.assembly import by_latent, latent_axis
 from fastsae.distributed.mesh import Mesh
-from fastsae.training.checkpoint import STATE, owns_rows
+from fastsae.training.checkpoint import STATE, owns_rows, under
 
 if TYPE_CHECKING:
     from fastsae.training.trainer import Trainer
@@ -139,11 +139,9 @@ def load(trainer: "Trainer", path: Path) -> None:
     found = FileSystemReader(path).read_metadata().state_dict_metadata
     recorded = {n: m for n, m in found.items() if isinstance(m, TensorStorageMetadata)}
     for name, parameter in trainer.sae.named_parameters():
-        prefix = f"optimizer.{name}."
-        wanted = {k.removeprefix(prefix): m for k, m in recorded.items() if k.startswith(prefix)}
         trainer.optimizer.state[parameter] = {
             key: _room(trainer, name, parameter, torch.Size(m.size), m.properties.dtype)
-            for key, m in wanted.items()
+            for key, m in under(f"optimizer.{name}.", recorded).items()
         }
     tensors = tensors_of(trainer)  # those of the SAE and the optimizer are read in place
     for name, m in recorded.items():
@@ -161,10 +159,8 @@ def load(trainer: "Trainer", path: Path) -> None:
     except CheckpointException as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     for prefix, part in (("dead.", trainer.dead), ("scaling.", trainer.scaling)):
-        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        part.load_state_dict(
-            {k: t.to_local() if isinstance(t, DTensor) else t for k, t in state.items()}
-        )
+        state = under(prefix, tensors).items()
+        part.load_state_dict({k: t.to_local() if isinstance(t, DTensor) else t for k, t in state})
 
 
 def _room(
