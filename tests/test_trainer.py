@@ -57,7 +57,7 @@ class TestDefaults:
         assert cfg.optimizer.lr == pytest.approx(3e-3 / 2)
         assert cfg.schedule.warm_up_steps == steps // 16
         assert cfg.schedule.decay_steps == steps - steps // 16
-        assert cfg.W_dec_init == "rows"
+        assert cfg.W_dec_init == "whitened_rows"
         cosine = replace(cfg, schedule=ScheduleConfig(lr_curve="cosine")).resolved(CPU)
         assert cosine.schedule.decay_steps == steps // 2
         assert cfg.dead_window == 100_000

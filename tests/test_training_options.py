@@ -24,6 +24,7 @@ from fastsae import (
 )
 from fastsae.saes.standard import ghost_loss
 from fastsae.training.centre import geometric_median
+from fastsae.training.directions import AT_ONCE, apart, whitened
 from fastsae.training.interruption import EXIT_CODE, Interrupted
 from fastsae.training.schedule import lr_factor
 from parity import relative_error
@@ -139,7 +140,7 @@ def test_latents_start_near_rows(scaling):
     sae = replace(topk_config(), normalize_activations=scaling, aux_loss_coefficient=0.0)
     first, again, random = (
         Trainer(config(sae=sae, W_dec_init=start), device="cpu")
-        for start in (None, "rows", "random")
+        for start in (None, "whitened_rows", "random")
     )
     norms = random.sae.decoder_norms()
     untouched = random.sae.W_dec.detach().clone()
@@ -149,16 +150,37 @@ def test_latents_start_near_rows(scaling):
     W_dec = first.sae.W_dec.detach()
     assert torch.equal(W_dec, again.sae.W_dec) and torch.equal(W_dec.t(), first.sae.W_enc)
     assert torch.allclose(first.sae.decoder_norms(), norms)
-    rows = first.sae.prepare(first.scaling.apply(ROWS.rows)) - first.sae.b_dec.detach()
-    cosines = normalize(W_dec, dim=1) @ normalize(rows, dim=1).T
-    nearest = cosines.max(1)
+    rows = whitened(first.sae.prepare(first.scaling.apply(ROWS.rows)) - first.sae.b_dec.detach())
+    nearest = (normalize(W_dec, dim=1) @ rows.T).max(1)
     assert float(nearest.values.min()) > 0.95
     assert len(nearest.indices.unique()) > 0.9 * F
     assert not torch.equal(random.sae.W_dec.t(), first.sae.W_enc)
 
 
+def test_whitened_rows_vary_alike_in_every_direction():
+    x = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -0.5, 0.5, 8
+    )
+    covariance = whitened(x).T @ whitened(x) / 4096
+    assert relative_error(covariance, torch.eye(8) / 8) < 0.1
+    few = whitened(x[:4])  # fewer than D: no direction is blown up
+    assert few.isfinite().all() and torch.allclose(few.norm(dim=1), torch.ones(4))
+
+
+def test_rows_are_picked_apart():
+    unit = normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    picked = apart(unit, 130, seed=0)
+    assert torch.equal(picked, apart(unit, 130, seed=0))
+    assert not torch.equal(picked, apart(unit, 130, seed=1))
+    assert len(picked.unique(dim=0)) == 130  # each once
+    assert len(torch.cat([picked, unit]).unique(dim=0)) == 300
+    rows = torch.cat([unit[:1].expand(700, 8), unit])  # most of them the same
+    alike = lambda found: int((found == unit[0]).all(1).sum())
+    assert alike(apart(rows, 130, seed=0)) <= AT_ONCE < alike(apart(rows, 900, seed=0))
+
+
 def test_latents_for_which_no_row_is_left_start_at_random():
-    starts = ("rows", "random")
+    starts = ("whitened_rows", "random")
     near, random = (Trainer(config(W_dec_init=start), device="cpu") for start in starts)
     for trainer in (near, random):
         trainer.initialise(ROWS.rows[: F // 4])
@@ -170,7 +192,7 @@ def test_a_transcoder_starts_at_random():
     cfg = fastsae.TranscoderConfig(d_in=D, d_out=D, d_sae=F)
     assert config(sae=cfg).resolved(torch.device("cpu")).W_dec_init == "random"
     with pytest.raises(ValueError, match="W_dec_init must be 'random' for a transcoder"):
-        config(sae=cfg, W_dec_init="rows")
+        config(sae=cfg, W_dec_init="whitened_rows")
 
 
 @pytest.mark.parametrize("scaling", ["none", "expected_average_only_in", "covariance_whitening"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.providers.base import quiet
 from bench.quality.methods import TRAINERS, Options, Setting, Watch
+from bench.quality.scores import redundancy
 
 FEATURES, WIDTH, K, ROWS = 1024, 128, 12, 400_000
 EVALUATED = 20_000
@@ -63,4 +64,6 @@ def recovery(library: str, options: Options, architecture: str, seed: int) -> di
         "uniqueness": float(found.uniqueness),
         "explained_variance": float(found.explained_variance),
         "dead": found.dead_latents / FEATURES,
+        **redundancy(sae.W_dec),
+        "features_cosine": redundancy(features.feature_vectors)["decoder_cosine"],
     }

@@ -170,8 +170,8 @@ class TrainConfig:
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
     W_dec_init: Directions | None = None
-    """Where the latents' directions start: `random`, or near `rows` of the sample; None: near rows
-    for the TopK family, at random for others (`fastsae.training.defaults`)."""
+    """Where the latents' directions start: `random`, or near `whitened_rows` of the sample; None:
+    near rows for the TopK family, at random for others (`fastsae.training.defaults`)."""
     resample_every: int | None = None
     """Steps between two resamplings of dead latents (`fastsae.training.resampling`), in the first
     half of the run; None: never, AuxK revives them."""
@@ -184,10 +184,10 @@ class TrainConfig:
         check_choice(self, "exchange", get_args(Exchanged))
         if self.W_dec_init is not None:
             check_choice(self, "W_dec_init", get_args(Directions))
-        if self.W_dec_init == "rows" and "transcoder" in self.sae.architecture:
+        if self.W_dec_init == "whitened_rows" and "transcoder" in self.sae.architecture:
             raise ValueError(
                 "W_dec_init must be 'random' for a transcoder, whose encoder and decoder are of "
-                "two spaces, got 'rows'"
+                "two spaces, got 'whitened_rows'"
             )
         if self.exchange == "rows" and self.optimizer.kind != "row_adam":
             raise ValueError(

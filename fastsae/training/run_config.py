@@ -74,8 +74,8 @@ class LanguageModelRun:
     b_dec_init: Centre = "mean"
     """Where b_dec starts, of a sample of the rows."""
     W_dec_init: Directions | None = None
-    """Where the latents' directions start: `random`, or near `rows` of the sample; None: near rows
-    for the TopK family, at random for others."""
+    """Where the latents' directions start: `random`, or near `whitened_rows` of the sample; None:
+    near rows for the TopK family, at random for others."""
     finetune_from: str | None = None
     """Folder of a trained SAE, in any format that `fastsae convert` reads, to start from."""
     drop_special: bool = True

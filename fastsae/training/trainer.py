@@ -20,7 +20,7 @@ from fastsae.saes import SAE, SAELoss
 from fastsae.training.centre import CENTRES
 from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint
 from fastsae.training.config import TrainConfig
-from fastsae.training.directions import start_at_rows
+from fastsae.training.directions import start_at_whitened_rows
 from fastsae.training.figures import check_finite, figures_of
 from fastsae.training.log import RunLog
 from fastsae.training.loop import fit_together, save_together
@@ -101,8 +101,8 @@ class Trainer(Update):
         scaled = [self.scaling.apply(wide[0]), *map(self.scaling.apply_to_targets, wide[1:])]
         self.sae.initialise(*scaled, centre=CENTRES[self.cfg.b_dec_init])
         self.mesh.broadcast(self.sae.b_dec.data)
-        if self.cfg.W_dec_init == "rows":
-            start_at_rows(self.sae, scaled[0], self.mesh, self.cfg.seed)
+        if self.cfg.W_dec_init == "whitened_rows":
+            start_at_whitened_rows(self.sae, scaled[0], self.mesh, self.cfg.seed)
             self.copy_weights()
 
     def _of_first(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
