@@ -52,7 +52,7 @@ def told(rows: list[Row]) -> list[Row]:
     case, dead, usage = (rows[0][name] for name in ("case", "dead", "usage"))
     print(f"\n{case}, {dead:.0%} dead, {usage} usage")
     show(rows)
-    print(summary({r["provider"]: r["ms_p50"] for r in rows if "ms_p50" in r}), flush=True)
+    print(summary(rows), flush=True)
     return rows
 
 

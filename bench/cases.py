@@ -63,8 +63,8 @@ def find_case(name: str) -> Case:
     Raises:
         ValueError: there is none; the message lists those that there are.
     """
-    if name in CASES:
-        return CASES[name]
+    if name.lower() in CASES:
+        return CASES[name.lower()]
     near = difflib.get_close_matches(name, CASES)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"case must be one of {list(CASES)}, got {name!r}{hint}")

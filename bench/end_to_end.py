@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from bench.clock import Clock, held_out_fvu, seconds_to
+from bench.measure import why
+from bench.providers import PROVIDERS
 from bench.providers.base import quiet
 from bench.providers.sparsify import without_its_kernels
 from bench.record import append
@@ -270,6 +272,9 @@ def run(job: Job, methods: list[str], turns: int) -> dict[str, Ran]:
             mine, clock = ran[name], Clock()
             if mine.failed is not None:
                 continue
+            if name in PROVIDERS and (install := PROVIDERS[name].missing()):
+                mine.failed = f"not installed: {install}"
+                continue
             try:
                 with quiet():
                     clock.start()
@@ -278,9 +283,7 @@ def run(job: Job, methods: list[str], turns: int) -> dict[str, Ran]:
                 mine.clocks.append(clock)
                 print(f"{name}: {clock.seconds:.1f} s", flush=True)
             except Exception as failure:
-                absent = isinstance(failure, ImportError)
-                kind = "not installed" if absent else type(failure).__name__
-                mine.failed = f"{kind}: {str(failure).splitlines()[0][:200]}"
+                mine.failed = why(failure)
     return ran
 
 

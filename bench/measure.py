@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import platform
 import random
 import statistics
 import time
@@ -13,6 +12,8 @@ import torch
 
 Run = Callable[[], object]
 
+OUT_OF_MEMORY = "out of memory"
+"""What a row says that was not timed for it."""
 FLUSH_BYTES = 1 << 30
 MORE_TURNS = 5
 """Times as many turns as were asked for are the most, where runs are short."""
@@ -114,6 +115,13 @@ def out_of_memory(failure: BaseException) -> bool:
     )
 
 
+def why(failure: BaseException) -> str:
+    """What a row says of a provider that was not timed for it."""
+    if out_of_memory(failure):
+        return OUT_OF_MEMORY
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+
+
 def quantiles(seconds: list[float]) -> dict[str, float]:
     """Milliseconds: p20, median, p80."""
     ordered = sorted(seconds)
@@ -135,6 +143,9 @@ def peak_extra_bytes(run: Run, device: str = "cpu") -> int:
 
     On a GPU the allocator's count. On Linux the process's resident peak, which the kernel resets
     on request and which also counts what libraries allocate for themselves.
+
+    Raises:
+        OSError: neither can be had.
     """
     gc.collect()
     if device == "cuda":
@@ -144,13 +155,19 @@ def peak_extra_bytes(run: Run, device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    if platform.system() != "Linux":
-        raise RuntimeError("device must be CUDA or the system Linux to measure memory")
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
     run()
     return (_status_kib("VmHWM") - before) * 1024
+
+
+def peak_mib(run: Run, device: str = "cpu") -> dict[str, float]:
+    """What a row says of it, in MiB; nothing on a system that does not tell."""
+    try:
+        return {"peak_mib": round(peak_extra_bytes(run, device) / 2**20, 1)}
+    except OSError:
+        return {}
 
 
 def _status_kib(name: str) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CASES, Case, find_case
-from bench.measure import interleaved, quantiles, times_as_long
+from bench.measure import interleaved, out_of_memory, peak_mib, quantiles, times_as_long, why
 from bench.record import append
 from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs
 from bench.roofline import ceilings, op_work
@@ -30,6 +30,8 @@ PARITY = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 LEAST_SECONDS = 2.0
 """Of all turns together, on a CPU."""
 
+Row = dict[str, Any]
+
 
 def times(
     name: str,
@@ -37,43 +39,52 @@ def times(
     repeats: int,
     limits: dict[str, float] | None = None,
     leave_out: tuple[str, ...] = (),
-) -> list[dict[str, Any]]:
-    """A row a provider, ours first; one that fails, or fails parity, is shown and not timed."""
+) -> list[Row]:
+    """A row a provider, ours first; that of one that fails, or fails parity, says so."""
     case = t.case
     runs = {p: run for p, run in OPS[name](t).items() if p not in leave_out}
     first = next(iter(runs))
+    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    shared = {"bench": "ops", "op": name, **shape}
     anchor: Tensor | None = None
+    failed: list[Row] = []
     for provider in list(runs):
         try:
             value = runs[provider]().detach()
+            anchor = value.clone() if anchor is None else anchor
+            known = provider == first or provider in NO_RIVAL
+            said = None if known else _differs(value, anchor, name in BY_NORM, PARITY[t.dtype])
         except Exception as failure:
-            if provider == first:
+            if provider == first and not out_of_memory(failure):
                 raise
-            print(f"{name}: {provider} fails ({type(failure).__name__}: {failure}); not timed")
+            said = why(failure)
+        if said is not None:
+            failed.append({**shared, "provider": provider, "failed": said})
             del runs[provider]
-            continue
-        if anchor is None:
-            anchor = value.clone()
-        elif provider not in NO_RIVAL:
-            error = _difference(value, anchor, name in BY_NORM)
-            if not error <= PARITY[t.dtype]:
-                print(f"{name}: {provider} fails parity (relative error {error:.1e}); not timed")
-                del runs[provider]
+        if first not in runs:
+            return failed
     if interpreted():
         runs = {p: run for p, run in runs.items() if p != Impl.TRITON.value}
     least = 0.0 if t.device == "cuda" else LEAST_SECONDS
     seconds = interleaved(runs, repeats, device=t.device, least_seconds=least)
     ours = seconds[next(iter(seconds))]
-    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
     found = []
     for provider, s in seconds.items():
-        row = {"bench": "ops", "op": name, **shape, "provider": provider, **quantiles(s)}
+        row = {**shared, "provider": provider, **quantiles(s)}
         row["over_ours"] = round(times_as_long(s, ours), 2)
         needed = op_work(name, case, t.x.element_size())
         if limits is not None and needed is not None and provider not in NO_RIVAL:
             row |= needed.row(row["ms_p50"], limits)
+        if t.device == "cpu":
+            row |= peak_mib(runs[provider])
         found.append(row)
-    return found
+    return found + failed
+
+
+def _differs(value: Tensor, anchor: Tensor, by_norm: bool, allowed: float) -> str | None:
+    error = _difference(value, anchor, by_norm)
+    # "Not at or under" rather than "above": NaN is a difference.
+    return None if error <= allowed else f"parity: relative error {error:.1e}"
 
 
 def _difference(value: Tensor, anchor: Tensor, by_norm: bool) -> float:
@@ -119,7 +130,7 @@ def told(
     repeats: int,
     device: str = "cpu",
     leave_out: tuple[str, ...] = (),
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The rows of these ops, each printed as it is measured."""
     limits = ceilings(case, device)
     print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}; ceilings {limits}")
@@ -131,7 +142,9 @@ def told(
     return found
 
 
-def line_of(row: dict[str, Any]) -> str:
+def line_of(row: Row) -> str:
+    if "failed" in row:
+        return f"{row['op']:26}{row['provider']:32} not timed, {row['failed']}"
     share = f"{row['roofline']:9.1%} of the roofline" if "roofline" in row else ""
     return (
         f"{row['op']:26}{row['provider']:32}{row['ms_p50']:10.3f} ms"

@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bench.measure import Run, interleaved, peak_extra_bytes, quantiles
+from bench.measure import Run, interleaved, peak_mib, quantiles
 from bench.record import append
 from fastsae import TopKConfig, TrainConfig, Trainer
 from fastsae.data import LanguageModel, capture, load_language_model, resid_hook_name, resolve_hook
@@ -149,7 +149,7 @@ def measured(level: str, runs: dict[str, Run], repeats: int, amount: float, unit
     for name, run in runs.items():
         row: Row = {"bench": "pipeline", "level": level, "provider": name, **times[name]}
         row |= {"rate": round(1e3 * amount / times[name]["ms_p50"], 2), "unit": unit}
-        row["peak_mib"] = round(peak_extra_bytes(run) / 2**20, 1)
+        row |= peak_mib(run)
         if name != "fastsae":
             row["share"] = round(times[name]["ms_p50"] / times["fastsae"]["ms_p50"], 3)
         found.append(row)

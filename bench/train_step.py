@@ -23,11 +23,14 @@ from torch import Tensor
 
 from bench.cases import Case, Start, batch, find_case, rows
 from bench.measure import (
+    OUT_OF_MEMORY,
     interleaved,
     out_of_memory,
     peak_extra_bytes,
+    peak_mib,
     quantiles,
     times_as_long,
+    why,
 )
 from bench.providers import GPU_PEERS, PEERS, PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Step
@@ -69,13 +72,30 @@ def times(
     losses: dict[str, list[float]] = {}
     failed: list[Row] = []
     for name, provider in found.items():
-        why = _first_steps(name, provider.missing, partial(provider.build, start), x, steps, losses)
-        why = why or _differs(losses[name], losses[providers[0]], device)
-        if why is not None:
-            if name == providers[0]:
-                raise RuntimeError(f"{name} must run for others to be compared with it: {why}")
+        said = _first_steps(
+            name, provider.missing, partial(provider.build, start), x, steps, losses
+        )
+        said = said or _differs(losses[name], losses[providers[0]], device)
+        if said is not None:
+            if name == providers[0] and said != OUT_OF_MEMORY:
+                raise RuntimeError(f"{name} must run for others to be compared with it: {said}")
             steps.pop(name, None)
-            failed.append({**shared, "provider": name, "failed": why})
+            failed.append({**shared, "provider": name, "failed": said})
+        if not steps:
+            return failed
+    try:
+        return _timed(shared, steps, case, start, x, repeats) + failed
+    except Exception as failure:
+        if not out_of_memory(failure):
+            raise
+        return [{**shared, "provider": n, "failed": OUT_OF_MEMORY} for n in steps] + failed
+
+
+def _timed(
+    shared: Row, steps: dict[str, Step], case: Case, start: Start, x: Tensor, repeats: int
+) -> list[Row]:
+    """Rows of steps that were all taken already, the first being the anchor, and of the GEMM."""
+    device, anchor = start.device.type, next(iter(steps))
     runs: dict[str, Callable[[], object]] = {n: partial(step, x) for n, step in steps.items()}
     runs |= _products(case, start, x)
     limits = ceilings(case, device)
@@ -88,12 +108,12 @@ def times(
     for name, s in seconds.items():
         row = {**shared, "provider": name, **quantiles(s)}
         row["over_gemm"] = round(times_as_long(s, gemm), 3)
-        row["over_fastsae"] = round(times_as_long(s, seconds[providers[0]]), 3)
+        row["over_fastsae"] = round(times_as_long(s, seconds[anchor]), 3)
         if name in steps:
             row |= work.row(row["ms_p50"], limits)
-            row["peak_mib"] = round(peak_extra_bytes(runs[name], device) / 2**20)
+            row |= peak_mib(runs[name], device)
         timed.append(row | limits)
-    return timed + failed
+    return timed
 
 
 def _usage(skewed: bool) -> str:
@@ -118,9 +138,7 @@ def _first_steps(
         # the decoder otherwise (sparsify projects its gradient) differ there in the third digit.
         losses[name] = [steps[name](x) for _ in range(3)]
     except Exception as failure:
-        if out_of_memory(failure):
-            return "out of memory"
-        return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+        return why(failure)
     return None
 
 
@@ -177,12 +195,13 @@ def _peak(step: Step, x: Tensor) -> int:
     return peak_extra_bytes(partial(step, x))
 
 
-def summary(ms: dict[str, float]) -> str:
+def summary(rows: list[Row]) -> str:
     """How often each peer's step holds ours, and SAELens's the accelerated one."""
-    ratios = [f"{ms[p] / ms['fastsae']:.2f} x over {p}" for p in GPU_PEERS[1:] if p in ms]
+    over = {row["provider"]: row["over_fastsae"] for row in rows if "failed" not in row}
+    ratios = [f"{over[p]:.2f} x over {p}" for p in GPU_PEERS[1:] if p in over]
     said = f"fastsae: {', '.join(ratios) or 'no other library is here to compare with'}"
-    if {"sae-lens", "sae-lens-accelerated"} <= ms.keys():
-        said += f"; accelerated SAELens: {ms['sae-lens'] / ms['sae-lens-accelerated']:.2f} x"
+    if {"sae-lens", "sae-lens-accelerated"} <= over.keys():
+        said += f"; accelerated SAELens: {over['sae-lens'] / over['sae-lens-accelerated']:.2f} x"
     return said
 
 
@@ -227,7 +246,7 @@ def main() -> None:
     print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
     show(found, tuple(found[0])[2:] if args.memory else SHOWN)
     if args.peers:
-        print(summary({row["provider"]: row["ms_p50"] for row in found if "ms_p50" in row}))
+        print(summary(found))
     if args.save:
         print(f"appended to {append(args.save, found)}")
 

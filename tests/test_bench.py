@@ -28,7 +28,7 @@ from bench.clock import Clock, fvu_at, seconds_to
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report import plots
-from bench.report.page import pipeline_lines
+from bench.report.page import ops_lines, pipeline_lines
 from bench.report.rows import committed
 from bench.rivals import OPS, Inputs
 from fastsae.data import harvest_all, resolve_hook
@@ -39,18 +39,17 @@ TINY = Case("tiny", 12, 16, 64, 2)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_op_has_rivals_that_pass_parity(name, capsys):
+def test_every_op_has_rivals_that_pass_parity(name):
     limits = {"gemm_gflops": 100.0, "copy_gbps": 10.0}
     found = ops.times(name, Inputs(TINY, "cpu"), 1, limits)
-    shown = capsys.readouterr().out
-    assert "fails" not in shown
+    assert not any("failed" in row for row in found)
     assert len(found) >= 2 and found[0]["provider"] == "eager"
     assert "triton" not in [row["provider"] for row in found]  # interpreted: checked, not timed
     assert roofline.op_work(name, TINY, 4) is None or "roofline" in found[0]
     assert name in ops.line_of(found[0])
 
 
-def test_an_op_that_differs_is_not_timed(monkeypatch, capsys):
+def test_an_op_that_differs_is_not_timed(monkeypatch):
     original = OPS["sparse_decode"]
 
     def with_liars(t):
@@ -61,9 +60,14 @@ def test_an_op_that_differs_is_not_timed(monkeypatch, capsys):
 
     monkeypatch.setitem(OPS, "sparse_decode", with_liars)
     found = ops.times("sparse_decode", Inputs(TINY, "cpu"), 1)
-    assert {"doubled", "broken"}.isdisjoint(row["provider"] for row in found)
-    shown = capsys.readouterr().out
-    assert "doubled fails parity" in shown and "broken fails (RuntimeError" in shown
+    said = {row["provider"]: row["failed"] for row in found if "ms_p50" not in row}
+    assert said["doubled"].startswith("parity: relative error")
+    assert said["broken"].startswith("RuntimeError: ") and len(said) == 2
+    shown = [ops.line_of(row) for row in found if "failed" in row]
+    assert "not timed, parity" in shown[0]
+    limits = {"gemm_gflops": 1.0, "copy_gbps": 1.0, "device": "d", "threads": 1, "date": "2026"}
+    text = "\n".join(ops_lines([row | limits for row in found], lambda name: []))
+    assert "Not timed: doubled (sparse_decode), parity" in text
 
 
 def test_the_ceilings_are_positive():
@@ -90,6 +94,30 @@ def test_what_is_not_installed_or_does_not_fit_is_a_row_that_says_so(monkeypatch
     found = train_step.times(TINY, ["fastsae", "absent", "large"], repeats=1)
     said = {row["provider"]: row["failed"] for row in found if "failed" in row}
     assert said == {"absent": "not installed: pip install it", "large": "out of memory"}
+    monkeypatch.setitem(PROVIDERS, "fastsae", Provider(too_large))
+    (row,) = train_step.times(TINY, ["fastsae", "large"], repeats=1)
+    assert (row["provider"], row["failed"]) == ("fastsae", "out of memory")
+
+
+def test_memory_that_runs_out_while_steps_are_timed_is_a_row_too(monkeypatch, capsys):
+    def too_large(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(train_step, "interleaved", too_large)
+    found = train_step.times(TINY, ["fastsae", "plain-pytorch"], repeats=1)
+    assert [row["failed"] for row in found] == ["out of memory"] * 2
+    whole = importlib.import_module("bench.__main__")
+    assert whole.told(found) == found
+    assert "plain-pytorch  not timed, out of memory" in capsys.readouterr().out
+
+
+def test_a_system_that_tells_no_peak_memory_is_timed_all_the_same(monkeypatch):
+    def no_such_library(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(measure.ctypes, "CDLL", no_such_library)
+    (row, *_) = train_step.times(TINY, ["fastsae"], repeats=1)
+    assert row["ms_p50"] > 0 and "peak_mib" not in row
 
 
 def test_a_step_is_held_to_its_floor():
@@ -125,6 +153,7 @@ def test_a_provider_may_come_from_a_file(tmp_path):
         with pytest.raises(ValueError, match="provider must be") as failure:
             find_provider(name)
         assert said in str(failure.value)
+    assert find_case("llama-3.1-8b-1M").F == 1 << 20
     with pytest.raises(ValueError, match="did you mean 'gpt2-small-24k'"):
         find_case("gpt2-small-24")
 
@@ -320,6 +349,10 @@ def test_whole_jobs_of_several_layers_are_measured(monkeypatch, capsys):
     assert rows[1]["fvu"] == rows[0]["fvu"] < 1  # the mean of two SAEs that learned
     assert 0 < rows[1]["to_its_fvu"] <= rows[0]["seconds"]
     assert rows[2]["failed"] == "RuntimeError: no active drivers"
+    absent = Provider(fastsae_step, "no_such_module", "pip install it")
+    monkeypatch.setitem(PROVIDERS, "sparsify", absent)
+    (row,) = end_to_end.measure(job, ["sparsify"])
+    assert row["failed"] == "not installed: pip install it"
     assert "over_fastsae" not in rows[2]
 
 

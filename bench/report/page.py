@@ -149,10 +149,13 @@ def ops_lines(rows: list[Row], picture: Picture) -> list[str]:
         "ms_p50": "median ms",
         "over_ours": "over ours",
         "roofline": "share of the roofline",
+        "peak_mib": "peak MiB",
     }
     limits = f"{rows[0]['gemm_gflops']} GFLOP/s, {rows[0]['copy_gbps']} GB/s"
     lines = ["", "## Ops", "", f"`python -m bench.ops`, {rows[0]['case']}; ceilings of the run:"]
-    return [*lines, f"{limits}.", *picture("roofline"), "", *table(rows, columns), "", where(rows)]
+    lines += [f"{limits}.", *picture("roofline"), "", *table(timed(rows), columns)]
+    said = [{**row, "provider": f"{row['provider']} ({row['op']})"} for row in rows]
+    return [*lines, *failures(said), "", where(rows)]
 
 
 def quality_lines(rows: list[Row]) -> list[str]:

@@ -76,7 +76,8 @@ def where(rows: list[Row]) -> str:
     row = rows[-1]
     packages = ("torch", "triton", "sae-lens", "eai-sparsify", "dictionary-learning")
     versions = ", ".join(f"{k} {row[k]}" for k in packages if row.get(k))
-    commit = f", commit {row['commit']}" if row.get("commit") else ""
+    changed = " and changes" if any(row.get("dirty") for row in rows) else ""
+    commit = f", commit {row['commit']}{changed}" if row.get("commit") else ""
     return f"{row['device']}, {row['threads']} threads, {versions}{commit}, {row['date'][:10]}"
 
 
