@@ -1,6 +1,7 @@
 """The quality benchmark from end to end on a tiny model, and what its tables say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,10 +9,11 @@ pytest.importorskip("sae_lens", reason="the `peers` extra is absent")
 
 from bench.quality import __main__ as quality
 from bench.quality import data, synthetic
-from bench.quality.methods import Setting
+from bench.quality.methods import Setting, sae_config
 from bench.quality.search import ABLATIONS, SCHEDULES, our_defaults, trial
 from bench.report.quality import T_QUANTILES, interval, report
 from bench.report.readme import quality_table
+from fastsae import TopKConfig
 from tiny_models import save_tiny_llama
 
 
@@ -78,6 +80,16 @@ def test_a_known_dictionary_is_recovered(monkeypatch):
     untrained = synthetic.recovery("fastsae", {**options, "lr": 1e-9}, "topk", 0)
     assert found["mcc"] > 0.8 > untrained["mcc"]
     assert found["f1"] > untrained["f1"]
+
+
+def test_our_sae_is_the_one_that_users_get():
+    setting = Setting("smollm2-135m", "topk", 4608, 32, 400_000)
+    expected = TopKConfig(
+        d_in=576, d_sae=4608, k=32, normalize_activations="expected_average_only_in"
+    )
+    assert sae_config(setting, 576) == expected
+    changed = sae_config(setting, 576, normalize_activations="none", aux_loss_coefficient=0.0)
+    assert changed == replace(expected, normalize_activations="none", aux_loss_coefficient=0.0)
 
 
 def test_trials_are_the_same_each_time_and_within_the_space():

@@ -13,7 +13,8 @@ from bench.providers.base import quiet
 from bench.providers.sae_lens import sae_lens_config
 from fastsae import SAE, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from fastsae.data.batches import ShuffledRows
-from fastsae.saes import SAES
+from fastsae.saes import SAES, SAEConfig
+from fastsae.training.defaults import sae_fields
 
 CURVE_STEPS = 25
 """Evaluations of the validation FVU over a run whose time is taken."""
@@ -59,6 +60,13 @@ Options = dict[str, Any]
 """Hyperparameters that differ from the library's defaults; shares are of the run's steps."""
 
 
+def sae_config(setting: Setting, d_in: int, **fields: Any) -> SAEConfig:
+    """Ours, with the defaults of `fastsae train`."""
+    config_class: Any = SAES[setting.architecture].config_class
+    shape = {"d_in": d_in, "d_sae": setting.d_sae, "k": setting.k}
+    return config_class(**{**shape, **sae_fields(setting.architecture), **fields})
+
+
 def train_fastsae(
     setting: Setting, rows: Tensor, seed: int, clock: Watch, options: Options
 ) -> Outcome:
@@ -69,12 +77,8 @@ def train_fastsae(
     steps = setting.tokens // batch_size
     warm_up, decay = (round(rest.pop(name) * steps) for name in ("warm_up", "decay"))
     W_dec_init = rest.pop("W_dec_init", None)
-    shape = {"d_in": rows.shape[1], "d_sae": setting.d_sae, "k": setting.k}
-    sae_cfg = SAES[setting.architecture].config_class.from_dict(
-        {**shape, "normalize_activations": "expected_average_only_in", **rest}
-    )
     run = TrainConfig(
-        sae=sae_cfg,
+        sae=sae_config(setting, rows.shape[1], **rest),
         total_tokens=setting.tokens,
         batch_size=batch_size,
         seed=seed,

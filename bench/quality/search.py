@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from bench.quality.methods import Options, Setting
+from bench.quality.methods import Options, Setting, sae_config
 from bench.quality.results import saved
-from fastsae import SAES, TrainConfig
+from fastsae import TrainConfig
 
 SEED = 1000
 """Of the trials: not one that the comparison trains with."""
@@ -44,10 +44,9 @@ def trial(library: str, number: int, setting: Setting) -> Options:
 
 def our_defaults(setting: Setting) -> Options:
     """Written out, so that rows say what the defaults were when they were made."""
-    sae = SAES[setting.architecture].config_class.from_dict(
-        {"d_in": 1, "d_sae": setting.d_sae, "k": setting.k}
+    run = TrainConfig(sae=sae_config(setting, 1), total_tokens=setting.tokens).resolved(
+        torch.device("cpu")
     )
-    run = TrainConfig(sae=sae, total_tokens=setting.tokens).resolved(torch.device("cpu"))
     return {
         "batch_size": run.batch_size,
         "lr": run.optimizer.lr,
