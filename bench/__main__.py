@@ -23,7 +23,7 @@ from bench.providers import PEERS
 from bench.quality.__main__ import main as quality
 from bench.record import append
 from bench.rivals import OPS
-from bench.train_step import memory, show, summary, times
+from bench.train_step import memory, pooled, show, summary, times
 
 OUT = Path("runs/bench")
 STEP_CASES = ("smollm2-135m-16k", "smollm2-135m-65k")
@@ -34,12 +34,12 @@ LARGE_STEP_PROVIDERS = ["fastsae", "sae-lens", "sparsify"]
 Row = dict[str, Any]
 
 
-def steps(repeats: int) -> list[Row]:
+def steps() -> list[Row]:
     small, large = (find_case(name) for name in STEP_CASES)
     pair = ["fastsae", "sae-lens"]
     return [
-        *told(times(small, STEP_PROVIDERS, repeats)),
-        *told(times(large, LARGE_STEP_PROVIDERS, 2)),
+        *told(pooled(3, small, STEP_PROVIDERS, 2)),
+        *told(pooled(2, large, LARGE_STEP_PROVIDERS, 1)),
         *told(times(small, pair, 3, 0.05)),
         *told(times(small, pair, 3, skewed=True)),
         *memory(small),
@@ -56,22 +56,14 @@ def told(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def curves() -> list[Row]:
-    return [
-        row
-        for axis in scaling.AXES
-        for row in scaling.curve(axis, ["fastsae", *(["sae-lens"] if axis == "F" else [])], 3)
-    ]
-
-
 def whole_jobs() -> list[Row]:
     return end_to_end.main(["--tokens", "12288", "--held-out", "2048", "--turns", "2"])
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
-    "step": lambda: steps(5),
+    "step": steps,
     "ops": lambda: ops.told(find_case(OPS_CASE), OPS, 3, leave_out=("torch.compile",)),
-    "scaling": curves,
+    "scaling": lambda: scaling.curves(list(scaling.AXES), ["fastsae", "sae-lens"], 3),
     "pipeline": lambda: pipeline.main([]),
     "end-to-end": whole_jobs,
 }

@@ -14,8 +14,10 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from bench.measure import (
 from bench.providers import GPU_PEERS, PEERS, PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Step
 from bench.record import append
-from bench.roofline import ceilings, step_work
+from bench.roofline import ceilings, four_digits, step_work
 from fastsae_kernels import release_scratch, workspace
 
 MEMORY_WORKSPACE = 32 << 20
@@ -114,6 +116,30 @@ def _timed(
             row |= peak_mib(runs[name], device)
         timed.append(row | limits)
     return timed
+
+
+def pooled(draws: int, *arguments: Any, **options: Any) -> list[Row]:
+    """`times` in so many fresh processes, one after another; figures are means over them.
+
+    Where its memory happens to lie makes all steps of one process some percent faster or slower
+    than those of the next: more turns in the same process do not average that out.
+    """
+    by_provider: dict[str, list[Row]] = {}
+    for _ in range(draws):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            for row in fresh.submit(times, *arguments, **options).result():
+                by_provider.setdefault(row["provider"], []).append(row)
+    return [mean_of(rows) for rows in by_provider.values()]
+
+
+def mean_of(rows: list[Row]) -> Row:
+    """Of one provider; the row that says why, if one of them was not timed."""
+    for row in rows:
+        if "failed" in row:
+            return row
+    mean = lambda name: four_digits(statistics.mean(row[name] for row in rows))
+    figures = {name: mean(name) for name, value in rows[0].items() if isinstance(value, float)}
+    return {**rows[0], **figures}
 
 
 def _usage(skewed: bool) -> str:

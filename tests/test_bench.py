@@ -130,6 +130,33 @@ def test_a_step_is_held_to_its_floor():
     assert [r["provider"] for r in others] == ["gemm", "gemm-row-major", "gemm-out"]
 
 
+def test_steps_are_pooled_over_fresh_processes():
+    found = train_step.pooled(2, TINY, ["fastsae", "plain-pytorch"], 1)
+    assert [row["provider"] for row in found][:2] == ["fastsae", "plain-pytorch"]
+    assert found[0]["over_fastsae"] == 1 and found[1]["ms_p50"] > 0
+
+
+def test_figures_of_several_processes_are_means():
+    rows = [{"provider": "a", "F": 64, "ms_p50": ms, "over_gemm": ms / 2} for ms in (1.0, 4.0)]
+    assert train_step.mean_of(rows) == {"provider": "a", "F": 64, "ms_p50": 2.5, "over_gemm": 1.25}
+    assert train_step.mean_of([*rows, {"provider": "a", "failed": "why"}])["failed"] == "why"
+
+
+def test_no_case_is_measured_twice(monkeypatch, capsys):
+    def once(case, providers, repeats):
+        measured.append((case, providers))
+        return [{"provider": name, "ms_p50": 1.0, "B": case.B} for name in providers]
+
+    measured = []
+    monkeypatch.setattr(scaling, "times", once)
+    found = scaling.curves(["K", "F", "B"], ["fastsae", "sae-lens"], 1)
+    cases = [case for case, _ in measured]
+    assert len(set(cases)) == len(cases) == 4 + 2 + 2
+    assert [len(providers) for _, providers in measured] == [2, 2, 1, 1, 1, 1, 1, 1]
+    middles = [row for row in found if row["value"] == getattr(scaling.MIDDLE, row["axis"])]
+    assert {row["axis"] for row in middles} == {"F", "K", "B"}
+
+
 def test_skewed_usage_lets_few_latents_fire_on_most_rows():
     case = Case("skew", 256, 64, 512, 8)
     start = Start.random(case, skewed=True)
