@@ -125,6 +125,7 @@ def test_a_difference_stands_beside_its_interval():
     rows.append(base | slow | {"curve": [[15.0, 0.9], [29.0, 0.5], [31.0, 0.4], [90.0, 0.22]]})
     seen = next(line.split() for line in report(rows).splitlines() if line.startswith("0 "))
     assert seen == ["0", "30", "0.1800", "0.5000", "90", "0.2200", "20"]
+    assert "wall-clock" not in report([*rows[:-1], rows[-1] | {"threads": 1}])
     repeated = [row | {"fvu": 0.5, "date": "1"} for row in rows[:2]]
     assert "fvu: -9.54 +- 1.13 %" in report(rows)
     assert report([*repeated, *rows]) == report(rows)

@@ -31,7 +31,7 @@ from fastsae import SAE
 
 PARTS = ("search", "compare", "ablation", "synthetic")
 COMPARED = ("fastsae", "sae-lens", "sae-lens-tuned")
-ON_SYNTHETIC = ("fastsae", "sae-lens", "sae-lens-our-schedule")
+ON_SYNTHETIC = ("fastsae", "fastsae-random", "sae-lens", "sae-lens-our-schedule")
 """No search is made there."""
 EXPANSION, K = 8, 32
 

@@ -76,6 +76,10 @@ def tuned(setting: Setting) -> Options:
 
 RECIPES: dict[str, tuple[str, Callable[[Setting], Options]]] = {
     "fastsae": ("fastsae", our_defaults),
+    "fastsae-random": (
+        "fastsae",
+        lambda setting: {**our_defaults(setting), "W_dec_init": "random"},
+    ),
     "sae-lens": ("sae-lens", lambda setting: {}),
     "sae-lens-tuned": ("sae-lens", tuned),
     "sae-lens-tuned-own": ("sae-lens", lambda setting: {**tuned(setting), "own": True}),

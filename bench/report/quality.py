@@ -84,16 +84,17 @@ def differences(rows: list[Row]) -> list[str]:
 
 
 def times(rows: list[Row]) -> list[str]:
-    """Against the training time of SAELens's own arithmetic, where it was taken."""
-    theirs = {r["seed"]: r for r in rows if r["method"] == f"{BASELINE}-own"}
-    found = [r for r in rows if r["method"] == "fastsae" and r["seed"] in theirs]
+    """Beside the training time of SAELens's own arithmetic, taken on as many threads."""
+    key = lambda r: (r["seed"], r.get("device"), r.get("threads"))
+    theirs = {key(r): r for r in rows if r["method"] == f"{BASELINE}-own"}
+    found = [r for r in rows if r["method"] == "fastsae" and key(r) in theirs]
     if not found:
         return []
     heads = ("fastsae, s", "its FVU", "SAELens's then", "SAELens, s", "its FVU", "ours had it, s")
     lines = ["FVU on validation rows at equal wall-clock, SAELens by its own arithmetic"]
     lines.append(f"{'seed':6}" + "".join(f"{head:>16}" for head in heads))
     for r in found:
-        other = theirs[r["seed"]]
+        other = theirs[key(r)]
         last = other["curve"][-1][1]
         cells = (
             f"{r['seconds']:.0f}",
@@ -135,7 +136,8 @@ def ablation(rows: list[Row]) -> str:
 
 
 def synthetic(rows: list[Row]) -> str:
-    names = ("f1", "mcc", "uniqueness", "explained_variance", "dead")
+    names = ("f1", "mcc", "uniqueness", "explained_variance", "dead", "decoder_cosine")
+    names += ("features_cosine",)
     lines = [f"{'recovery of true features':28}{'seeds':>6}" + "".join(f"{n:>20}" for n in names)]
     for method, mine in by(rows, "method").items():
         cells = "".join(f"{statistics.mean(r[n] for r in mine):20.4f}" for n in names)
