@@ -10,9 +10,9 @@ Parts: `tests` (the kernels' own, by pytest), `parity` (real sizes against fp64,
 GPU; what is timed has it to itself. Each part is a process of its own: one that fails, or takes
 longer than its budget, is reported and the next one goes on. Exit status 0 if nothing failed.
 
-Needs torch, triton, numpy, safetensors, pytest and hypothesis; where nothing is installed, start it
-with PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names
-the commit in the rows, where the tree is a copy without its history.
+Needs torch, triton, numpy, safetensors and pytest; where nothing is installed, start it with
+PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names the commit in
+the rows, where the tree is a copy without its history.
 """
 
 import argparse
@@ -75,6 +75,12 @@ PARTS = {
     "ops": Part(80, (speed.every_op,)),
 }
 TESTS_BUDGET = 150.0
+# The plugin that checks shapes may be absent, and warnings of other versions are no failure.
+PYTEST_OPTIONS = [
+    *("-o", "addopts=", "-o", "filterwarnings=default", "--import-mode=importlib"),
+    *("-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-m", "not slow"),
+    "--disable-warnings",
+]
 
 
 def run_part(name: str, scale: Scale, out: Path | None) -> list[str]:
@@ -162,14 +168,10 @@ def start_tests(folder: Path) -> list[Child]:
     chosen, left_out = kernel_tests()
     for line in left_out:
         print(line)
-    # The plugin that checks shapes may be absent, and warnings of other versions are no failure.
-    options = ["-o", "addopts=", "-o", "filterwarnings=default", "--import-mode=importlib"]
-    options += ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-m", "not slow"]
-    options += ["--disable-warnings"]
     return [
         Child.start(
             path.stem,
-            [sys.executable, "-m", "pytest", *options, str(path)],
+            [sys.executable, "-m", "pytest", *PYTEST_OPTIONS, str(path)],
             TESTS_BUDGET,
             folder,
         )

@@ -1,6 +1,8 @@
 """`python -m bench.gpu_check` without a GPU: in miniature, and what it says of failures."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import torch
 
 from bench import gpu_check, measure
 from bench.gpu import harness, truth
-from bench.report.gpu import gpu_lines
 from fastsae_kernels import SparseCode
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,34 @@ def test_the_gpu_run_takes_the_tests_of_every_kernel():
     assert left_out == []
 
 
+COLLECTS_WITHOUT_EXTRAS = """
+import sys
+
+absent = "jaxtyping beartype datasets gguf matplotlib mwparserfromhell sae_lens sparsify tqdm"
+absent += " transformer_lens transformers tyro wandb xdist pytest_benchmark hypothesis"
+sys.modules.update(dict.fromkeys(absent.split()))
+
+import pytest
+from bench import gpu_check
+
+chosen, left_out = gpu_check.kernel_tests()
+print(*left_out, sep="\\n")
+sys.exit(pytest.main([*gpu_check.PYTEST_OPTIONS, "--collect-only", *map(str, chosen)]))
+"""
+
+
+def test_a_machine_without_the_extras_collects_the_tests_of_every_kernel():
+    # The plugin of an absent package cannot be loaded.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-c", COLLECTS_WITHOUT_EXTRAS]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "test_saes.py left out: jaxtyping absent" in run.stdout
+    for path in (ROOT / "tests").glob("test_*_kernel.py"):
+        assert path.name in run.stdout
+
+
 def test_the_summary_names_failed_checks_and_figures():
     rows = [
         {"bench": "gpu_check", "check": "one", "passed": True},
@@ -117,28 +146,6 @@ def test_the_summary_names_failed_checks_and_figures():
     text = gpu_check.summary(rows)
     assert "1 of 2 checks passed" in text and "FAILED two" in text
     assert "1.10 x cuBLAS" in text and "1.20 x floor" in text
-
-
-def test_the_page_shows_the_newest_figures_of_a_gpu():
-    here = {"device": "a GPU", "threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
-    here["date"] = "2026-01-01T00:00:00Z"
-    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", **here, "over_floor": 1.25}
-    failed = {"bench": "gpu_check", "check": "two", "passed": False, **here}
-    text = "\n".join(gpu_lines([{**step, "ms": 9.0}, failed, {**step, "ms": 3.14159}]))
-    assert "| c | fastsae | 3.142 | 1.25 |" in text and "9.0" not in text
-    assert "0 of 1 checks passed" in text and "Failed: two." in text
-    assert gpu_lines([]) == []
-
-
-def test_each_gpu_has_tables_of_its_own():
-    shared = {"threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
-    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", "over_floor": 1.25, **shared}
-    old = {**step, "device": "old", "date": "2026-01-01T00:00:00Z", "ms": 7.0}
-    new = {**step, "device": "new", "date": "2026-01-02T00:00:00Z", "ms": 5.0}
-    text = "\n".join(gpu_lines([new, old]))
-    first, second = text.split("### new")[1].split("### old")
-    assert "| 5.0 |" in first and "| 7.0 |" not in first
-    assert "| 7.0 |" in second and "| 5.0 |" not in second
 
 
 def test_the_gpu_run_fits_its_eight_minutes():
