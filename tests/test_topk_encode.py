@@ -17,6 +17,7 @@ from fastsae_kernels.topk import eager
 from parity import (
     CASES,
     DEVICE,
+    EVERY_IMPL,
     SHAPES,
     Shape,
     all_in,
@@ -155,7 +156,7 @@ def test_small_workspace_gives_the_same_bits(signed):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("impl", ["eager", "triton", "reference"])
+@pytest.mark.parametrize("impl", EVERY_IMPL)
 def test_nan_comes_out_as_nan(impl):
     inputs = {k: v.float() for k, v in weights(Shape(4, 8, 640, 5)).items()}
     inputs["x"][2, 3] = torch.nan
