@@ -4,13 +4,16 @@ Each row is drawn by itself and is a case of its own; of `batch_topk_encode` eac
 the three dtypes the kernels get more than 2,000 cases, `eager` more than 8,000.
 """
 
+from collections.abc import Callable, Iterator
+from itertools import islice
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastsae_kernels import Impl, batch_topk_encode, threshold_encode, topk_encode
 from fastsae_kernels._dispatch import TRITON_INSTALLED
-from parity import DEVICE
+from parity import DEVICE, Shape
 
 IMPLS = [Impl.EAGER, *([Impl.TRITON] if TRITON_INSTALLED else [])]
 
@@ -46,6 +49,14 @@ def drawn(generator: torch.Generator, least: int, most: int) -> int:
     return int(torch.randint(least, most + 1, (), generator=generator))
 
 
+def shapes(draw: Callable[[], Shape]) -> Iterator[Shape]:
+    """Drawn anew each time; on a GPU, which compiles for each shape, one of them all along."""
+    shape = draw()
+    while True:
+        yield shape
+        shape = shape if DEVICE == "cuda" else draw()
+
+
 def random_rows(generator: torch.Generator, n_rows: int, d_sae: int) -> Tensor:
     """Rows of a random family each: magnitudes, ties, clusters, signs and gaps at random."""
 
@@ -66,68 +77,83 @@ def random_rows(generator: torch.Generator, n_rows: int, d_sae: int) -> Tensor:
 
 
 def drawn_case(
-    generator: torch.Generator, dtype: torch.dtype, n_rows: int, d_sae: int
+    generator: torch.Generator, dtype: torch.dtype, shape: Shape
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """relu(scores) [B, F] in fp32, and x, W_enc, b_enc that make them exactly.
 
-    One-hot rows of any width pick the scores out of weights of either memory order.
+    One-hot rows pick the scores out of weights, whose memory order depends on their width.
     """
-    scores = random_rows(generator, n_rows, d_sae).to(dtype)
-    d_in = n_rows + drawn(generator, 0, 8)
-    places = torch.randperm(d_in, generator=generator)[:n_rows]
-    x = torch.zeros(n_rows, d_in, dtype=dtype)
-    x[torch.arange(n_rows), places] = 1
-    weight = torch.randn(d_sae, d_in, generator=generator).to(dtype)
+    scores = random_rows(generator, shape.B, shape.F).to(dtype)
+    places = torch.randperm(shape.D, generator=generator)[: shape.B]
+    x = torch.zeros(shape.B, shape.D, dtype=dtype)
+    x[torch.arange(shape.B), places] = 1
+    weight = torch.randn(shape.F, shape.D, generator=generator).to(dtype)
     weight[:, places] = scores.t()
-    W_enc = weight.t() if drawn(generator, 0, 1) else weight.t().contiguous()
-    b_enc = torch.zeros(d_sae, device=DEVICE)
+    W_enc = weight.t() if shape.D % 2 == 0 else weight.t().contiguous()
+    b_enc = torch.zeros(shape.F, device=DEVICE)
     return scores.float().relu().to(DEVICE), (x.to(DEVICE), W_enc.to(DEVICE), b_enc)
 
 
 def test_topk_encode(generator, impl, dtype):
     least, widest, wanted = (16, 400, 600) if impl is Impl.TRITON else (1, 400, 2000)
-    n_cases = 0
-    while n_cases < wanted:
+
+    def draw() -> Shape:
         n_rows, d_sae = drawn(generator, 1, 128), drawn(generator, least, widest)
         # The kernels' groups are of 16 to 64 latents, by how many of them there are for each of k.
         share = 2 ** drawn(generator, *((4, 8) if impl is Impl.TRITON else (0, 4)))
         k = drawn(generator, 1, max(1, d_sae // share))
-        exact, inputs = drawn_case(generator, dtype, n_rows, d_sae)
-        code = topk_encode(*inputs, k, impl=impl)
+        return Shape(n_rows, n_rows + drawn(generator, 0, 8), d_sae, k)
+
+    n_cases = 0
+    for shape in shapes(draw):
+        exact, inputs = drawn_case(generator, dtype, shape)
+        code = topk_encode(*inputs, shape.K, impl=impl)
         indices = code.indices.long()
-        assert torch.equal(code.acts, exact.topk(k, dim=1).values)
-        assert torch.equal(exact.gather(1, indices), code.acts)
-        assert (indices.sort(dim=1).values.diff(dim=1) > 0).all()
+        assert torch.equal(code.acts, exact.topk(shape.K, dim=1).values), shape
+        assert torch.equal(exact.gather(1, indices), code.acts), shape
+        assert (indices.sort(dim=1).values.diff(dim=1) > 0).all(), shape
         tied = code.acts.diff(dim=1) == 0
-        assert (indices.diff(dim=1)[tied] > 0).all()
-        n_cases += n_rows
+        assert (indices.diff(dim=1)[tied] > 0).all(), shape
+        n_cases += shape.B
+        if n_cases >= wanted:
+            break
 
 
 def test_batch_topk_encode(generator, impl, dtype):
     n_batches, most_rows = (6, 5) if impl is Impl.TRITON else (200, 40)
-    for _ in range(n_batches):
+
+    def draw() -> Shape:
         n_rows, d_sae = drawn(generator, 1, most_rows), drawn(generator, 16, 140)
         n_kept = drawn(generator, 1, n_rows * (d_sae // 16))
-        exact, inputs = drawn_case(generator, dtype, n_rows, d_sae)
-        code = batch_topk_encode(*inputs, (n_kept + 0.5) / n_rows, impl=impl)
+        return Shape(n_rows, n_rows + drawn(generator, 0, 8), d_sae, n_kept)
+
+    for shape in islice(shapes(draw), n_batches):
+        exact, inputs = drawn_case(generator, dtype, shape)
+        code = batch_topk_encode(*inputs, (shape.K + 0.5) / shape.B, impl=impl)
         rows, latents = code.rows().long(), code.indices.long()
-        best = exact.view(-1).topk(n_kept, sorted=True).values
-        assert torch.equal(code.acts.sort(descending=True).values, best)
-        assert torch.equal(exact[rows, latents], code.acts)
-        assert ((rows * d_sae + latents).diff() > 0).all()
+        best = exact.view(-1).topk(shape.K).values
+        assert torch.equal(code.acts.sort(descending=True).values, best), shape
+        assert torch.equal(exact[rows, latents], code.acts), shape
+        assert ((rows * shape.F + latents).diff() > 0).all(), shape
 
 
 def test_threshold_encode(generator, impl, dtype):
     """Limits are scores of one of the rows, so that there are values at, below and above them."""
     widest, wanted = (64, 80) if impl is Impl.TRITON else (400, 800)
-    n_cases = 0
-    while n_cases < wanted:
+
+    def draw() -> Shape:
         n_rows, d_sae = drawn(generator, 1, 64), drawn(generator, 1, widest)
-        exact, inputs = drawn_case(generator, dtype, n_rows, d_sae)
-        limit = exact[drawn(generator, 0, n_rows - 1)]
+        return Shape(n_rows, n_rows + drawn(generator, 0, 8), d_sae, 1)
+
+    n_cases = 0
+    for shape in shapes(draw):
+        exact, inputs = drawn_case(generator, dtype, shape)
+        limit = exact[drawn(generator, 0, shape.B - 1)]
         code = threshold_encode(*inputs, threshold=limit, impl=impl)
         rows, latents = (exact > limit).nonzero(as_tuple=True)
-        assert torch.equal(code.rows().long(), rows)
-        assert torch.equal(code.indices.long(), latents)
-        assert torch.equal(code.acts, exact[rows, latents])
-        n_cases += n_rows
+        assert torch.equal(code.rows().long(), rows), shape
+        assert torch.equal(code.indices.long(), latents), shape
+        assert torch.equal(code.acts, exact[rows, latents]), shape
+        n_cases += shape.B
+        if n_cases >= wanted:
+            break
