@@ -1,5 +1,6 @@
 """`python -m bench.gpu_check` without a GPU: in miniature, and what it says of failures."""
 
+import json
 import os
 import re
 import subprocess
@@ -100,6 +101,28 @@ def test_a_process_that_fails_or_hangs_is_named(tmp_path, capsys):
     assert "all well" in capsys.readouterr().out
 
 
+def test_each_file_of_tests_leaves_a_row(tmp_path, monkeypatch, capsys):
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("def test_a(): pass\ndef test_b(): pass\n")
+    bad.write_text("import pytest\ndef test_a(): assert 0\ndef test_b(): pytest.skip('c')\n")
+    monkeypatch.setattr(gpu_check, "kernel_tests", lambda: ([good, bad], []))
+    monkeypatch.setattr(harness, "DRY", False)
+    out = tmp_path / "rows.jsonl"
+    assert gpu_check.run_all(["tests"], True, out) == ["test_bad: exit status 1"]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    names = ("check", "passed", "tests_passed", "tests_failed", "tests_skipped")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("tests of test_good", True, 2, 0, 0),
+        ("tests of test_bad", False, 0, 1, 1),
+    ]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "FAIL tests of test_bad" in capsys.readouterr().out
+
+
+def test_a_file_of_tests_that_is_ended_counts_nothing(tmp_path):
+    assert gpu_check.tests_counted(tmp_path / "none.xml") == {}
+
+
 def test_the_gpu_run_takes_the_tests_of_every_kernel():
     chosen, left_out = gpu_check.kernel_tests()
     names = {path.name for path in chosen}
@@ -149,9 +172,10 @@ def test_the_summary_names_failed_checks_and_figures():
 
 
 def test_the_gpu_run_fits_its_eight_minutes():
-    timed = sum(part.budget for part in gpu_check.PARTS.values() if part.timed)
-    untimed = [part.budget for part in gpu_check.PARTS.values() if not part.timed]
-    assert max(*untimed, gpu_check.TESTS_BUDGET) + timed <= 8 * 60
+    longest = {name: part.budget + gpu_check.GRACE for name, part in gpu_check.PARTS.items()}
+    timed = sum(longest[name] for name, part in gpu_check.PARTS.items() if part.timed)
+    untimed = [longest[name] for name, part in gpu_check.PARTS.items() if not part.timed]
+    assert max(*untimed, gpu_check.TESTS_BUDGET) + timed < 8 * 60
 
 
 def test_launches_of_a_run_without_a_gpu_are_none():
