@@ -7,8 +7,9 @@
 Parts: `tests` (the kernels' own, by pytest, a row for each file), `parity` (real sizes against
 fp64, offsets beyond 2^31), `training` (same bits twice, memory, one graph, losses on real rows),
 `encode`, `ops`, `steps` (times, with ceilings and rivals measured in the same process). The first
-three share the GPU; what is timed has it to itself. Each part is a process of its own: one that fails, or takes
-longer than its budget, is reported and the next one goes on. Exit status 0 if nothing failed.
+three share the GPU; what is timed has it to itself. Each part is a process of its own: one that
+fails, or takes longer than its budget, is reported and the next one goes on. Exit status 0 if
+nothing failed.
 
 Needs torch, triton, numpy, safetensors and pytest; where nothing is installed, start it with
 PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names the commit in
@@ -52,6 +53,9 @@ PARTS = {
         140,
         (
             parity.encode,
+            parity.free_slots,
+            parity.ragged_encodes,
+            parity.dead_latents,
             parity.sparse_ops,
             parity.encode_real_rows,
             parity.far_weights,
