@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastsae.data.shards as shards_module
 import fastsae.training.row_sources as row_sources
 from fastsae.cli import main
 from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
@@ -210,6 +212,35 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(harvest, tmp_path, kill
 def test_a_run_is_refused(run, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_side_by_side(replace(run, **changes))
+
+
+@pytest.mark.parametrize("part", [".", HELD_OUT])
+def test_a_flipped_bit_is_noticed_before_training(run, harvest, tmp_path, capsys, part):
+    rows = tmp_path / "rows"
+    shutil.copytree(harvest.out, rows)
+    shard = rows / part / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    arguments = ["--hook", HOOKS[0], "--d-sae", "64", "--k", "4", "--batch-size", "64"]
+    arguments += ["--tokens", "640", "--device", "cpu", "--out", str(run.out)]
+    command = ["train", "--activations", str(rows), *arguments]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "shard must have the SHA-256 of the index" in said and str(shard) in said
+    assert list(run.out.rglob("*")) == []
+    main([*command, "--no-verify"])
+    assert (run.out / "eval.json").exists()
+
+
+def test_each_process_verifies_its_share(run, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(shards_module, "file_sha256", lambda path: looked_at.append(path))
+    for part in range(2):
+        with pytest.raises(ValueError, match="shard must have the SHA-256"):
+            row_sources.ShardSource(run, run.activations, part, 2).read(set(), lambda *_: None)
+    assert [path.name for path in looked_at] == [f"shard-0000{part}.safetensors" for part in (0, 1)]
 
 
 def test_a_harvest_without_held_out_rows_is_refused(run, harvest, tmp_path):

@@ -273,7 +273,14 @@ class ShardSource:
         return {}  # a few batches, out of mapped files
 
     def read(self, hooks: set[str], tell: Progress) -> None:
-        """Nothing: batches come as they are read."""
+        """Compare checksums, of this process's share of the shards, where the run asks for it."""
+        if self.run.verify:
+            self._verify(self.shards, tell, "verify")
+            self._verify(self._held_out, tell, "verify held-out")
+
+    def _verify(self, shards: ActivationShards, tell: Progress, name: str) -> None:
+        mine = range(self.part, len(shards.index.shards), self.parts)
+        shards.verify(mine, lambda done, total: tell(name, done, total, {}))
 
     def sample(self, hook: str) -> Tensor:
         return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)

@@ -12,7 +12,7 @@ from fastsae.training.run_config import LanguageModelRun
 FREE_ON_RESUME = {
     *("out", "resume", "device", "eval_tokens", "checkpoints"),
     *("keep_every", "log_to", "project", "dp", "tp", "distribute", "exchange", "timeout_seconds"),
-    "model_ranks",
+    *("model_ranks", "verify"),
 }
 
 
