@@ -217,6 +217,40 @@ def test_a_kill_between_shard_and_index_is_made_good(run, lm):
     assert files(run.out) == before and not list(run.out.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "damage, unfinished, part, number",
+    [
+        ("lost", False, HELD_OUT, 0),
+        ("flipped", False, ".", 1),
+        ("lost", True, ".", 0),
+        ("flipped", True, ".", 1),
+    ],
+)
+def test_the_same_harvest_again_repairs_a_shard(
+    run, lm, monkeypatch, caplog, damage, unfinished, part, number
+):
+    harvest_to_disk(run, lm=lm)
+    before = files(run.out)
+    if unfinished:
+        index = read_index(run.out)
+        replace(index, shards=index.shards[:2], complete=False).write(run.out)
+    shard = run.out / part / f"shard-{number:05}.safetensors"
+    whole = shard.read_bytes()
+    if damage == "lost":
+        shard.unlink()
+    else:
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+        with pytest.raises(OSError, match="out must have room"):
+            harvest_to_disk(run, lm=lm)
+    assert f"shards from {shard.name} on are made again" in caplog.text
+    cut = read_index(run.out / part)
+    assert len(cut.shards) == number and not cut.complete
+    harvest_to_disk(run, lm=lm)
+    assert files(run.out) == before
+
+
 def test_the_same_harvest_again_does_nothing(run, lm, monkeypatch):
     index = harvest_to_disk(run, lm=lm)
     monkeypatch.setattr("fastsae.data.model_rows.capture_all", None)
