@@ -190,6 +190,16 @@ class ActivationShards:
         """The rows of one shard, mapped: read from the disk where and when they are touched."""
         return self._map(shard)[f"rows.{self.check_hook(hook)}"]
 
+    def first_rows(self, hook: str, n_rows: int) -> Float[Tensor, "n D"]:
+        """So many rows, or all if there are fewer, in memory; no further shard is read."""
+        parts: list[Tensor] = []
+        for shard in range(len(self.index.shards)):
+            parts.append(self.rows(hook, shard)[:n_rows])
+            n_rows -= len(parts[-1])
+            if not n_rows:
+                break
+        return torch.cat(parts)
+
     def where(self, shard: int) -> Where:
         """Context, position and tokens of the rows of one shard."""
         found = self._map(shard)

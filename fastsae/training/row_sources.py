@@ -298,10 +298,9 @@ class ShardSource:
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
     ) -> dict[str, dict[str, Any]]:
-        index = self._held_out.index
-        rows = torch.cat([self._held_out.rows(hook, i) for i in range(len(index.shards))])
-        report = {"model": index.source["model"], "hook": hook}
-        found = evaluate_on_rows(saes, rows[: self.run.eval_tokens], progress=progress)
+        rows = self._held_out.first_rows(hook, self.run.eval_tokens)
+        report = {"model": self._held_out.index.source["model"], "hook": hook}
+        found = evaluate_on_rows(saes, rows, progress=progress)
         return {name: {**report, **figures} for name, figures in found.items()}
 
     def held_out(self, hook: str) -> Activations | None:
