@@ -17,7 +17,7 @@ from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
 from fastsae.data.hooks import capture_all, resolve_hook
 from fastsae.data.shards import ActivationShards, read_index
 from fastsae.data.tokens import separator_id
-from tiny_models import save_stories, save_tiny_llama, tiny_llama
+from tiny_models import poisoned, save_stories, save_tiny_llama, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -62,20 +62,6 @@ def files(folder: Path) -> dict[str, bytes]:
 def rows_of(folder: Path, hook: str) -> torch.Tensor:
     shards = ActivationShards(folder)
     return torch.cat([shards.rows(hook, i) for i in range(len(shards.index.shards))])
-
-
-def poisoned(lm, monkeypatch, value, call):
-    """`value` in one number of one activation of one pass, at the first hook."""
-    calls = []
-
-    def capture_poisoned(lm, hooks, tokens):
-        found = capture_all(lm, hooks, tokens)
-        calls.append(1)
-        if tokens.shape[1] > 1 and len(calls) == call:
-            found[0][2, 5, 3] = value
-        return found
-
-    monkeypatch.setattr("fastsae.data.model_rows.capture_all", capture_poisoned)
 
 
 def test_several_hooks_share_a_pass_that_ends_at_the_last(monkeypatch):
@@ -147,7 +133,7 @@ def test_dtype_of_the_rows(run, lm, dtype):
 
 
 def test_float16_overflow_is_an_error_that_names_shard_and_row(run, lm, monkeypatch):
-    poisoned(lm, monkeypatch, 70_000.0, call=35)
+    poisoned(monkeypatch, 70_000.0, call=35)
     with pytest.raises(ValueError) as error:
         harvest_to_disk(replace(run, dtype="float16", eval_tokens=0, massive_multiple=None), lm=lm)
     shards = read_index(run.out).shards
@@ -158,7 +144,7 @@ def test_float16_overflow_is_an_error_that_names_shard_and_row(run, lm, monkeypa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_stops_and_names_shard_and_row(run, lm, monkeypatch, value):
-    poisoned(lm, monkeypatch, value, call=18)  # the second pass of the second shard
+    poisoned(monkeypatch, value, call=18)  # the second pass of the second shard
     with pytest.raises(ValueError, match="must be finite, got NaN or inf in shard 1 at row") as e:
         harvest_to_disk(replace(run, eval_tokens=0, drop_special=False), lm=lm)
     # 16 contexts of the first pass, two of this one, and 4 positions after the first.
@@ -169,7 +155,7 @@ def test_nonfinite_stops_and_names_shard_and_row(run, lm, monkeypatch, value):
 
 def test_nonfinite_rows_can_be_skipped(run, lm, monkeypatch, caplog):
     whole = harvest_to_disk(replace(run, eval_tokens=0), lm=lm)
-    poisoned(lm, monkeypatch, float("nan"), call=18)
+    poisoned(monkeypatch, float("nan"), call=18)
     other = replace(run, out=run.out.with_name("skipped"), eval_tokens=0, nonfinite="skip")
     index = harvest_to_disk(other, lm=lm)
     assert index.rows == whole.rows - 1
@@ -180,7 +166,7 @@ def test_nonfinite_rows_can_be_skipped(run, lm, monkeypatch, caplog):
 
 def test_massive_rows_are_left_out_at_every_hook(run, lm, monkeypatch):
     whole = harvest_to_disk(replace(run, eval_tokens=0), lm=lm)
-    poisoned(lm, monkeypatch, 1000.0, call=18)
+    poisoned(monkeypatch, 1000.0, call=18)
     other = replace(run, out=run.out.with_name("massive"), eval_tokens=0)
     index = harvest_to_disk(other, lm=lm)
     assert index.rows == whole.rows - 1

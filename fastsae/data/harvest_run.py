@@ -61,6 +61,8 @@ class HarvestRun:
     """Folder for the index and the shards; rows of held-out documents go to `held-out` in it."""
     model: str | None = None
     """Hub name, local folder or .gguf file; None: SmolLM2-135M-Instruct, offline."""
+    revision: str = "main"
+    """Branch, tag or commit of a model on a hub."""
     hooks: tuple[str, ...] = ()
     """Places such as `blocks.8.hook_resid_post`, or modules' paths, all from one pass of the model;
     none: the residual stream after the middle layer."""
@@ -133,7 +135,8 @@ def harvest_to_disk(
     _check_writable(run.out)
     tell = progress or (lambda *_: None)
     if lm is None:
-        lm = load_language_model(run.model, device=resolve_device(run.device))
+        device = resolve_device(run.device)
+        lm = load_language_model(run.model, device=device, revision=run.revision)
     if run.context_size > lm.context_size:
         raise ValueError(
             f"context_size must be at most {lm.context_size}, the most that {lm.name} reads, "
@@ -186,12 +189,11 @@ class _Part:
 
     def _source(self, run: HarvestRun, tokens: int | None) -> dict[str, Any]:
         settings = asdict(run)
-        for name in ("out", "device", "hooks", "model", "batch_contexts", "shard_mib"):
+        for name in ("out", "device", "hooks", "model", "revision", "batch_contexts", "shard_mib"):
             del settings[name]
-        config = self.lm.model.config
         return {
             "model": self.lm.name,
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": self.lm.revision,
             "weights": _fingerprint(self.lm),
             "model_dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "tokenizer": str(self.lm.tokenizer.name_or_path),

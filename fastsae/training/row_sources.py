@@ -75,6 +75,7 @@ class ModelSource:
         run = self.run
         return {
             "model_name": self.lm.name,
+            "model_revision": self.lm.revision,
             "hook_name": hook,
             "context_size": run.context_size,
             "dataset_path": run.dataset,
@@ -135,6 +136,7 @@ class ModelSource:
             tokens[contexts],
             drop_special=run.drop_special,
             massive_multiple=run.massive_multiple,
+            nonfinite=run.nonfinite,
             progress=lambda done, total: tell(name, done, total, {}),
         )
         return dict(zip(places, found, strict=True))
@@ -209,6 +211,7 @@ class StreamSource(ModelSource):
             rules=RowRules(
                 dropped_tokens=self.lm.special_ids if run.drop_special else (),
                 massive_multiple=run.massive_multiple,
+                nonfinite=run.nonfinite,
             ),
             median_norms={hook: self._rows[hook].median_norm for hook in hooks},
             buffer_rows=run.buffer_rows,
@@ -257,6 +260,7 @@ class ShardSource:
         digests = "".join(shard.sha256 for shard in self.shards.index.shards)
         return {
             "model_name": source["model"],
+            "model_revision": source["revision"],
             "hook_name": hook,
             "context_size": source["context_size"],
             "dataset_path": source["dataset"],
@@ -313,7 +317,8 @@ def row_source(
     if run.activations is not None:
         return ShardSource(run, run.activations, part, parts)
     kind = StreamSource if run.stream else ModelSource
-    return kind(run, load_language_model(run.model, device=device), part, parts)
+    lm = load_language_model(run.model, device=device, revision=run.revision)
+    return kind(run, lm, part, parts)
 
 
 def _side_by_side(
