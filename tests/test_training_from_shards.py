@@ -30,6 +30,7 @@ from fastsae.training.language_model_run import train_side_by_side
 from fastsae.training.log import read_log
 from fastsae.training.run_config import LanguageModelRun
 from tiny_models import save_stories, save_tiny_llama
+from training_runs import timeless
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
 
@@ -83,6 +84,13 @@ def run(harvest, tmp_path):
 
 def all_rows(shards, hook=HOOKS[0]):
     return torch.cat([shards.rows(hook, i) for i in range(len(shards.index.shards))])
+
+
+def bits_of(run):
+    """What a run leaves of its SAE, its checkpoints and its log, but for the clock."""
+    tensors = [*(run / "sae").iterdir(), *(run / "checkpoints").rglob("*.safetensors")]
+    found = {str(path.relative_to(run)): path.read_bytes() for path in tensors}
+    return {**found, "metrics.jsonl": timeless(run / "metrics.jsonl")}
 
 
 def keys(rows):
@@ -209,6 +217,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(harvest, tmp_path, kill
         for out in (whole, killed)
     ]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_point_of_a_save_it_ends_with_the_same_bits(harvest, tmp_path, every):
+    script = Path(__file__).with_name("killed_saving.py")
+    command = [sys.executable, str(script), str(harvest.out), str(tmp_path), str(every)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    whole, *killed = (bits_of(out) for out in (tmp_path / "whole", *tmp_path.glob("[0-9]*")))
+    assert len(killed) >= 4
+    assert all(found == whole for found in killed)
+    assert [name for name in whole if name.startswith("checkpoints")] != []
 
 
 @pytest.mark.parametrize(
