@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -277,6 +278,36 @@ def test_folder_that_cannot_be_written_to_is_refused(run, lm, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="out must be a folder that can be written to, got"):
         harvest_to_disk(replace(run, out=tmp_path / "file" / "rows"), lm=lm)
+
+
+def test_a_read_only_folder_is_refused(run, mount, capsys):
+    disk = mount("ro")
+    small = ["--model", run.model, "--dataset", run.dataset, "--tokens", "640", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main(["harvest", "--out", str(disk / "rows"), *small])
+    assert stop.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"out must be a folder that can be written to, got {disk / 'rows'}" in said
+    assert "Read-only file system" in said
+
+
+def test_a_disk_that_fills_up_is_said_and_the_harvest_goes_on_once_there_is_room(run, lm, mount):
+    harvest_to_disk(run, lm=lm)
+    disk = mount("size=8m")
+    filler = disk / "filler"
+
+    def fill(stage, *_):
+        if stage == "train" and not filler.exists():
+            filler.write_bytes(bytes(shutil.disk_usage(disk).free - (3 << 19)))
+
+    other = replace(run, out=disk / "rows")
+    with pytest.raises(OSError, match="could not be written, .*No space left on device.*shard-000"):
+        harvest_to_disk(other, fill, lm=lm)
+    begun = read_index(other.out)
+    assert len(begun.shards) == 1 and not begun.complete
+    filler.unlink()
+    harvest_to_disk(other, lm=lm)
+    assert files(other.out) == files(run.out)
 
 
 def test_disk_without_room_is_refused_before_the_work(run, lm, monkeypatch):

@@ -247,6 +247,21 @@ def test_a_run_is_refused(run, changes, message):
         train_side_by_side(replace(run, **changes))
 
 
+def test_a_read_only_folder_is_read_and_not_written_to(run, harvest, mount, capsys):
+    disk = mount("size=8m")
+    shutil.copytree(harvest.out, disk / "rows")
+    mount("ro")
+    arguments = ["--hook", HOOKS[0], "--d-sae", "64", "--k", "4", "--batch-size", "64"]
+    arguments += ["--tokens", "640", "--device", "cpu", "--activations", str(disk / "rows")]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments, "--out", str(disk / "run")])
+    assert stop.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(disk / "run") in said and "Read-only file system" in said
+    main(["train", *arguments, "--out", str(run.out)])
+    assert (run.out / "eval.json").exists()
+
+
 @pytest.mark.parametrize("part", [".", HELD_OUT])
 def test_a_flipped_bit_is_noticed_before_training(run, harvest, tmp_path, capsys, part):
     rows = tmp_path / "rows"
