@@ -47,6 +47,8 @@ class Eval:
     one hook share the passes."""
     model: str | None = None
     """Language model; None: the one in the SAE's metadata."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on a hub; None: as in training, or main."""
     hook: str | None = None
     """Hook name; None: the one in the SAE's metadata."""
     dataset: str | None = None
@@ -118,7 +120,9 @@ def evaluate_saved(args: Eval) -> None:
     if hook_name is None:
         names = ", ".join(saes)
         raise ValueError(f"hook must be given for an SAE without hook_name in {names}, got None")
-    lm = load_language_model(args.model or metadata.get("model_name"), device=device)
+    model = args.model or metadata.get("model_name")
+    of_training = metadata.get("model_revision") if model == metadata.get("model_name") else None
+    lm = load_language_model(model, device=device, revision=args.revision or of_training or "main")
     hook = resolve_hook(lm, hook_name)
     own = args.dataset is None or args.dataset == metadata.get("dataset_path")
     known = metadata if own else {}
@@ -159,7 +163,7 @@ def evaluate_saved(args: Eval) -> None:
 
 
 MUST_AGREE = (
-    *("hook_name", "model_name", "dataset_path", "dataset_split", "text_column"),
+    *("hook_name", "model_name", "model_revision", "dataset_path", "dataset_split", "text_column"),
     *("held_out_seed", "context_size", "skip_first", "drop_special", "massive_multiple"),
 )
 """What SAEs that are evaluated on the same rows have in common."""

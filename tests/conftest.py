@@ -1,4 +1,5 @@
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,30 @@ def made_once(tmp_path_factory):
         return folder
 
     return of
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mounts a disk in memory, or again with other options, where that is allowed."""
+    folder = tmp_path / "disk"
+    mounted = False
+
+    def of(options: str) -> Path:
+        nonlocal mounted
+        folder.mkdir(exist_ok=True)
+        again = "remount," if mounted else ""
+        command = ["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(command, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            mounted = False
+        if not mounted:
+            pytest.skip("mounting a disk needs root")
+        return folder
+
+    yield of
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -278,7 +278,7 @@ def _config(
         schedule=one.schedule,
         b_dec_init=one.b_dec_init,
         W_dec_init=one.W_dec_init,
-        checkpoint=CheckpointConfig(keep_every=run.keep_every),
+        checkpoint=CheckpointConfig(keep=run.keep, keep_every=run.keep_every),
         resample_every=one.resample_every,
         exchange=run.exchange,
         log=LogConfig(to=run.log_to, project=run.project),

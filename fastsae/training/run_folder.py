@@ -10,9 +10,8 @@ from fastsae.files import write_json
 from fastsae.training.run_config import LanguageModelRun
 
 FREE_ON_RESUME = {
-    *("out", "resume", "device", "eval_tokens", "checkpoints"),
-    *("keep_every", "log_to", "project", "dp", "tp", "distribute", "exchange", "timeout_seconds"),
-    "model_ranks",
+    *("out", "resume", "device", "eval_tokens", "checkpoints", "keep", "keep_every", "verify"),
+    *("log_to", "project", "dp", "tp", "distribute", "exchange", "timeout_seconds", "model_ranks"),
 }
 
 
