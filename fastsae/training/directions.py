@@ -49,8 +49,10 @@ def start_at_whitened_rows(sae: SAE, rows: Float[Tensor, "N D"], mesh: Mesh, see
 
 def whitened(x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     """u(C^(-1/2) x_i), with C = x^T x / N and the ridge."""
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax().clamp_min(tiny)  # whose squares are in range, whatever the rows' size
     variances, vectors = torch.linalg.eigh(x.t() @ x / len(x))
-    roots = (variances.clamp_min(0) + RIDGE * variances.mean()).sqrt()
+    roots = (variances.clamp_min(0) + RIDGE * variances.mean()).clamp_min(tiny).sqrt()
     return normalize(x @ (vectors / roots) @ vectors.t(), dim=1)
 
 
