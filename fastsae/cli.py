@@ -115,7 +115,8 @@ def evaluate_saved(args: Eval) -> None:
     """Evaluate a saved SAE on held-out text of a language model."""
     device = resolve_device(args.device)
     saes = {str(path): load_sae(path, device) for path in args.sae}
-    metadata = _shared_metadata(saes)
+    own_model = args.model is None and args.revision is None
+    metadata = _shared_metadata(saes, MUST_AGREE + ("model_revision",) * own_model)
     hook_name = args.hook or metadata.get("hook_name")
     if hook_name is None:
         names = ", ".join(saes)
@@ -145,6 +146,7 @@ def evaluate_saved(args: Eval) -> None:
             drop_special=special,
             skip_first=metadata.get("skip_first", RowRules.skip_first),
             massive_multiple=multiple,
+            nonfinite=metadata.get("nonfinite", RowRules.nonfinite),
             progress=lambda done, total: bar("harvest", done, total, {}),
         )
         reports = evaluate_several(
@@ -163,23 +165,26 @@ def evaluate_saved(args: Eval) -> None:
 
 
 MUST_AGREE = (
-    *("hook_name", "model_name", "model_revision", "dataset_path", "dataset_split", "text_column"),
+    *("hook_name", "model_name", "dataset_path", "dataset_split", "text_column"),
     *("held_out_seed", "context_size", "skip_first", "drop_special", "massive_multiple"),
 )
 """What SAEs that are evaluated on the same rows have in common."""
 
 
-def _shared_metadata(saes: dict[str, SAE]) -> dict[str, Any]:
-    (first, sae), *others = saes.items()
-    for key in MUST_AGREE:
-        for name, other in others:
-            wanted, got = sae.cfg.metadata.get(key), other.cfg.metadata.get(key)
-            if got != wanted:
+def _shared_metadata(saes: dict[str, SAE], must_agree: tuple[str, ...]) -> dict[str, Any]:
+    """What the SAEs say of their rows; what one of them does not know another may."""
+    shared: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
+    for name, sae in saes.items():
+        for key, value in sae.cfg.metadata.items():
+            if key in must_agree and shared.get(key, value) != value:
                 raise ValueError(
-                    f"sae must be SAEs of the same {key} to be evaluated together, got {wanted!r} "
-                    f"in {first} and {got!r} in {name}"
+                    f"sae must be SAEs of the same {key} to be evaluated together, got "
+                    f"{shared[key]!r} in {said_by[key]} and {value!r} in {name}"
                 )
-    return dict(sae.cfg.metadata)
+            if key not in shared:
+                shared[key], said_by[key] = value, name
+    return shared
 
 
 def harvest_rows(run: HarvestRun) -> None:

@@ -24,6 +24,7 @@ from fastsae.cli import main
 from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
+from fastsae.data.smollm2 import file_sha256
 from fastsae.saes import SAE
 from fastsae.training.config import LogConfig
 from fastsae.training.language_model_run import train_side_by_side
@@ -283,12 +284,18 @@ def test_a_flipped_bit_is_noticed_before_training(run, harvest, tmp_path, capsys
 
 
 def test_each_process_verifies_its_share(run, monkeypatch):
+    def seen(path):
+        looked_at[-1].append(path)
+        return file_sha256(path)
+
     looked_at = []
-    monkeypatch.setattr(shards_module, "file_sha256", lambda path: looked_at.append(path))
+    monkeypatch.setattr(shards_module, "file_sha256", seen)
     for part in range(2):
-        with pytest.raises(ValueError, match="shard must have the SHA-256"):
-            row_sources.ShardSource(run, run.activations, part, 2).read(set(), lambda *_: None)
-    assert [path.name for path in looked_at] == [f"shard-0000{part}.safetensors" for part in (0, 1)]
+        looked_at.append([])
+        row_sources.ShardSource(run, run.activations, part, 2).read(set(), lambda *_: None)
+    assert looked_at[0] and looked_at[1]
+    everything = sorted(run.activations.rglob("shard-*.safetensors"))
+    assert sorted(looked_at[0] + looked_at[1]) == everything
 
 
 def test_a_harvest_without_held_out_rows_is_refused(run, harvest, tmp_path):

@@ -75,7 +75,8 @@ class ModelSource:
         run = self.run
         return {
             "model_name": self.lm.name,
-            "model_revision": self.lm.revision,
+            **({} if self.lm.revision is None else {"model_revision": self.lm.revision}),
+            **({} if run.nonfinite == "stop" else {"nonfinite": run.nonfinite}),
             "hook_name": hook,
             "context_size": run.context_size,
             "dataset_path": run.dataset,
@@ -260,7 +261,8 @@ class ShardSource:
         digests = "".join(shard.sha256 for shard in self.shards.index.shards)
         return {
             "model_name": source["model"],
-            "model_revision": source["revision"],
+            **({} if source["revision"] is None else {"model_revision": source["revision"]}),
+            **({} if source["nonfinite"] == "stop" else {"nonfinite": source["nonfinite"]}),
             "hook_name": hook,
             "context_size": source["context_size"],
             "dataset_path": source["dataset"],
@@ -277,8 +279,8 @@ class ShardSource:
         return {}  # a few batches, out of mapped files
 
     def read(self, hooks: set[str], tell: Progress) -> None:
-        """Compare checksums, of this process's share of the shards, where the run asks for it."""
-        if self.run.verify:
+        """Compare checksums, of this process's share of the shards, once in a run."""
+        if self.run.verify and not self.run.resume:
             self._verify(self.shards, tell, "verify")
             self._verify(self._held_out, tell, "verify held-out")
 

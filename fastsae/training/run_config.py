@@ -64,8 +64,8 @@ class LanguageModelRun:
     """Folder that `fastsae harvest` wrote, to train on its rows without a language model; the text
     is then the harvest's, and `hook` or `layer` one of its places."""
     verify: bool = True
-    """Compare the checksums of `activations` before training; a terabyte takes a quarter of an
-    hour."""
+    """Compare the checksums of `activations` before a run begins; a terabyte takes a quarter of an
+    hour. A run that is resumed does not."""
     variant: str = "topk"
     """Kind of SAE; `--variant NAME --help` lists its own options."""
     sae: dict[str, Any] = field(default_factory=dict)

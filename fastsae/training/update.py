@@ -67,6 +67,9 @@ class Update:
     ) -> SAELoss:
         """One update of the SAE on unscaled rows; `target` is what a transcoder predicts.
 
+        Rows in pinned memory are still being copied to the GPU when this returns: do not write to
+        them again.
+
         Raises:
             ValueError: a transcoder without a target, or another SAE with one.
         """
