@@ -4,15 +4,16 @@
     python -m bench.gpu_check --out rows.jsonl    # rows to that file
     python -m bench.gpu_check --quick             # in miniature; without a GPU always so
 
-Parts: `tests` (the kernels' own, by pytest), `parity` (real sizes against fp64, offsets beyond
-2^31), `training` (same bits twice, memory, one graph, losses on real rows), `encode`, `ops`,
-`steps` (times, with ceilings and rivals measured in the same process). The first three share the
-GPU; what is timed has it to itself. Each part is a process of its own: one that fails, or takes
-longer than its budget, is reported and the next one goes on. Exit status 0 if nothing failed.
+Parts: `tests` (the kernels' own, by pytest, a row for each file), `parity` (real sizes against
+fp64, offsets beyond 2^31), `training` (same bits twice, memory, one graph, losses on real rows),
+`encode`, `ops`, `steps` (times, with ceilings and rivals measured in the same process). The first
+three share the GPU; what is timed has it to itself. Each part is a process of its own: one that
+fails, or takes longer than its budget, is reported and the next one goes on. Exit status 0 if
+nothing failed.
 
-Needs torch, triton, numpy, safetensors, pytest and hypothesis; where nothing is installed, start it
-with PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names
-the commit in the rows, where the tree is a copy without its history.
+Needs torch, triton, numpy, safetensors and pytest; where nothing is installed, start it with
+PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names the commit in
+the rows, where the tree is a copy without its history.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +50,12 @@ class Part:
 
 PARTS = {
     "parity": Part(
-        150,
+        140,
         (
             parity.encode,
+            parity.free_slots,
+            parity.ragged_encodes,
+            parity.dead_latents,
             parity.sparse_ops,
             parity.encode_real_rows,
             parity.far_weights,
@@ -60,7 +65,7 @@ PARTS = {
         timed=False,
     ),
     "training": Part(
-        150,
+        140,
         (
             training.determinism,
             training.memory,
@@ -75,6 +80,14 @@ PARTS = {
     "ops": Part(80, (speed.every_op,)),
 }
 TESTS_BUDGET = 150.0
+GRACE = 15.0
+"""Seconds after its budget until a part is ended: not all that it does looks at the clock."""
+# The plugin that checks shapes may be absent, and warnings of other versions are no failure.
+PYTEST_OPTIONS = [
+    *("-o", "addopts=", "-o", "filterwarnings=default", "--import-mode=importlib"),
+    *("-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-m", "not slow"),
+    "--disable-warnings",
+]
 
 
 def run_part(name: str, scale: Scale, out: Path | None) -> list[str]:
@@ -162,14 +175,11 @@ def start_tests(folder: Path) -> list[Child]:
     chosen, left_out = kernel_tests()
     for line in left_out:
         print(line)
-    # The plugin that checks shapes may be absent, and warnings of other versions are no failure.
-    options = ["-o", "addopts=", "-o", "filterwarnings=default", "--import-mode=importlib"]
-    options += ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-m", "not slow"]
-    options += ["--disable-warnings"]
+    pytest = [sys.executable, "-m", "pytest", *PYTEST_OPTIONS]
     return [
         Child.start(
             path.stem,
-            [sys.executable, "-m", "pytest", *options, str(path)],
+            [*pytest, f"--junitxml={_outcome_of(path.stem, folder)}", str(path)],
             TESTS_BUDGET,
             folder,
         )
@@ -177,11 +187,29 @@ def start_tests(folder: Path) -> list[Child]:
     ]
 
 
+def _outcome_of(name: str, folder: Path) -> Path:
+    return folder / f"{name}.xml"
+
+
+def tests_counted(outcome: Path) -> dict[str, float]:
+    """Numbers of tests and seconds, as pytest wrote them; nothing where it did not come to that."""
+    suite = ElementTree.parse(outcome).find("testsuite") if outcome.exists() else None
+    if suite is None:
+        return {}
+    names = ("tests", "failures", "errors", "skipped")
+    tests, failures, errors, skipped = (int(suite.attrib[name]) for name in names)
+    failed = failures + errors
+    return {
+        "tests_passed": tests - failed - skipped,
+        "tests_failed": failed,
+        "tests_skipped": skipped,
+        "seconds": float(suite.attrib["time"]),
+    }
+
+
 def start_part(name: str, quick: bool, out: Path, folder: Path) -> Child:
     command = [sys.executable, "-m", "bench.gpu_check", "--part", name, "--out", str(out)]
-    # What does not look at the clock itself is ended a little later.
-    seconds = PARTS[name].budget + 15
-    return Child.start(name, command + ["--quick"] * quick, seconds, folder)
+    return Child.start(name, command + ["--quick"] * quick, PARTS[name].budget + GRACE, folder)
 
 
 def run_all(names: list[str], quick: bool, out: Path) -> list[str]:
@@ -189,11 +217,18 @@ def run_all(names: list[str], quick: bool, out: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         side_by_side = [n for n in names if n in PARTS and not PARTS[n].timed]
-        children = [start_part(name, quick, out, folder) for name in side_by_side]
-        children += start_tests(folder) if "tests" in names else []
+        parts = [start_part(name, quick, out, folder) for name in side_by_side]
+        tests = start_tests(folder) if "tests" in names else []
+        report = Report("tests", TESTS_BUDGET, out)
+        children = [*parts, *tests]
         try:
-            for child in children:
+            for child in parts:
                 failures += _failure(child)
+            for child in tests:
+                failure = _failure(child)
+                counted = tests_counted(_outcome_of(child.name, folder))
+                report.check(f"tests of {child.name}", not failure, **counted)
+                failures += failure
             for name in names:
                 if name in PARTS and PARTS[name].timed:
                     children.append(start_part(name, quick, out, folder))

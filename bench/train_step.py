@@ -4,7 +4,7 @@ python -m bench.train_step                              # smollm2-135m-16k, ever
 python -m bench.train_step --case smollm2-135m-65k --dead 0.05
 python -m bench.train_step --providers fastsae mine.py:step   # and somebody else's
 python -m bench.train_step --peers                      # other libraries only
-python -m bench.train_step --memory                     # peak temporary memory
+python -m bench.train_step --memory             # peak temporary memory, 65k and 262k latents
 
 Every provider starts from the same weights. One whose losses differ, that is not installed or that
 runs out of memory becomes a row that says so, and is not timed.
@@ -40,6 +40,8 @@ from bench.record import append
 from bench.roofline import ceilings, four_digits, step_work
 from fastsae_kernels import release_scratch, workspace
 
+CASE = "smollm2-135m-16k"
+MEMORY_CASES = ("smollm2-135m-65k", "smollm2-135m-262k")
 MEMORY_WORKSPACE = 32 << 20
 FIRST_STEP, THIRD_STEP = 1e-4, 1e-2  # relative difference of the loss
 HALF_STEP = 2e-2
@@ -207,6 +209,7 @@ def memory(case: Case) -> list[Row]:
             "bench": "train_step_memory",
             "case": case.name,
             "provider": "fastsae",
+            "B": case.B,
             "F": case.F,
             "workspace_mib": MEMORY_WORKSPACE >> 20,
             "peak_temporary_mib": round(peak / 2**20, 1),
@@ -248,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--case", default="smollm2-135m-16k")
+    parser.add_argument("--case", help=f"{CASE}; of the memory {' and '.join(MEMORY_CASES)}")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS))
     parser.add_argument("--peers", action="store_true", help=", ".join(PEERS))
     parser.add_argument("--batch-size", type=int, help="rows B, where not the case's")
@@ -260,17 +263,21 @@ def main() -> None:
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
     try:
-        case = find_case(args.case)
+        case = find_case(args.case or CASE)
         if args.batch_size is not None:
             case = replace(case, B=args.batch_size, name=f"{case.name}-b{args.batch_size}")
         run = functools.partial(times, skewed=args.usage == "skewed", device=args.device)
         peers = GPU_PEERS if args.device == "cuda" else PEERS
         providers = peers if args.peers else args.providers
-        found = memory(case) if args.memory else run(case, providers, args.repeats, args.dead)
+        if args.memory:
+            cases = [case] if args.case else map(find_case, MEMORY_CASES)
+            found = [row for one in cases for row in memory(one)]
+        else:
+            print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
+            found = run(case, providers, args.repeats, args.dead)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
-    show(found, tuple(found[0])[2:] if args.memory else SHOWN)
+    show(found, tuple(found[0])[1:] if args.memory else SHOWN)
     if args.peers:
         print(summary(found))
     if args.save:

@@ -47,6 +47,8 @@ class Eval:
     one hook share the passes."""
     model: str | None = None
     """Language model; None: the one in the SAE's metadata."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on a hub; None: as in training, or main."""
     hook: str | None = None
     """Hook name; None: the one in the SAE's metadata."""
     dataset: str | None = None
@@ -113,12 +115,15 @@ def evaluate_saved(args: Eval) -> None:
     """Evaluate a saved SAE on held-out text of a language model."""
     device = resolve_device(args.device)
     saes = {str(path): load_sae(path, device) for path in args.sae}
-    metadata = _shared_metadata(saes)
+    own_model = args.model is None and args.revision is None
+    metadata = _shared_metadata(saes, MUST_AGREE + ("model_revision",) * own_model)
     hook_name = args.hook or metadata.get("hook_name")
     if hook_name is None:
         names = ", ".join(saes)
         raise ValueError(f"hook must be given for an SAE without hook_name in {names}, got None")
-    lm = load_language_model(args.model or metadata.get("model_name"), device=device)
+    model = args.model or metadata.get("model_name")
+    of_training = metadata.get("model_revision") if model == metadata.get("model_name") else None
+    lm = load_language_model(model, device=device, revision=args.revision or of_training or "main")
     hook = resolve_hook(lm, hook_name)
     own = args.dataset is None or args.dataset == metadata.get("dataset_path")
     known = metadata if own else {}
@@ -141,6 +146,7 @@ def evaluate_saved(args: Eval) -> None:
             drop_special=special,
             skip_first=metadata.get("skip_first", RowRules.skip_first),
             massive_multiple=multiple,
+            nonfinite=metadata.get("nonfinite", RowRules.nonfinite),
             progress=lambda done, total: bar("harvest", done, total, {}),
         )
         reports = evaluate_several(
@@ -165,17 +171,20 @@ MUST_AGREE = (
 """What SAEs that are evaluated on the same rows have in common."""
 
 
-def _shared_metadata(saes: dict[str, SAE]) -> dict[str, Any]:
-    (first, sae), *others = saes.items()
-    for key in MUST_AGREE:
-        for name, other in others:
-            wanted, got = sae.cfg.metadata.get(key), other.cfg.metadata.get(key)
-            if got != wanted:
+def _shared_metadata(saes: dict[str, SAE], must_agree: tuple[str, ...]) -> dict[str, Any]:
+    """What the SAEs say of their rows; what one of them does not know another may."""
+    shared: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
+    for name, sae in saes.items():
+        for key, value in sae.cfg.metadata.items():
+            if key in must_agree and shared.get(key, value) != value:
                 raise ValueError(
-                    f"sae must be SAEs of the same {key} to be evaluated together, got {wanted!r} "
-                    f"in {first} and {got!r} in {name}"
+                    f"sae must be SAEs of the same {key} to be evaluated together, got "
+                    f"{shared[key]!r} in {said_by[key]} and {value!r} in {name}"
                 )
-    return dict(sae.cfg.metadata)
+            if key not in shared:
+                shared[key], said_by[key] = value, name
+    return shared
 
 
 def harvest_rows(run: HarvestRun) -> None:

@@ -1,8 +1,8 @@
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from filelock import FileLock
@@ -31,6 +31,30 @@ def made_once(tmp_path_factory):
 
 
 @pytest.fixture
+def mount(tmp_path):
+    """Mounts a disk in memory, or again with other options, where that is allowed."""
+    folder = tmp_path / "disk"
+    mounted = False
+
+    def of(options: str) -> Path:
+        nonlocal mounted
+        folder.mkdir(exist_ok=True)
+        again = "remount," if mounted else ""
+        command = ["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(command, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            mounted = False
+        if not mounted:
+            pytest.skip("mounting a disk needs root")
+        return folder
+
+    yield of
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
 def made_where_kernels_run():
     """Tensors are made on the GPU, where there is one, unless told otherwise."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -49,6 +73,8 @@ def _same_every_time():
 @pytest.fixture
 def no_type_checker():
     """The package as a user has it: the type checker comes before our own rule on a `Literal`."""
+    import jaxtyping  # the kernels' own tests run without it
+
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -19,6 +19,8 @@ from fastsae_kernels._dispatch import TRITON_INSTALLED
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the kernels run: on a GPU, or in Triton's interpreter."""
 
+EVERY_IMPL = [Impl.EAGER, Impl.REFERENCE, *([Impl.TRITON] if TRITON_INSTALLED else [])]
+
 SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """What an implementation's relative error may be above the reference's own."""
 

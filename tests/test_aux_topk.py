@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -86,9 +88,31 @@ def test_without_dead_latents_the_loss_is_zero():
         assert losses_for(dead)(inputs, impl)["aux"] == 0
 
 
-def test_dead_that_is_not_bool_is_refused():
-    inputs = weights(Shape(4, 6, 20, 2)) | {"err": lattice(4, 6)}
-    with pytest.raises(TypeError, match="dead must be bool, got torch.float32"):
-        losses_for(torch.zeros(20))(inputs, "eager")
-    with pytest.raises(ValueError, match=r"dead must have shape \[F\] = \[20\], got \[19\]"):
-        losses_for(torch.zeros(19, dtype=torch.bool))(inputs, "eager")
+BAD: dict[str, Any] = {
+    "dead_float": ({"dead": torch.zeros(9)}, "dead must be bool, got torch.float32"),
+    "dead": ({"dead": torch.zeros(8).bool()}, r"dead must have shape \[F\] = \[9\], got \[8\]"),
+    "err": ({"err": torch.ones(1, 3)}, r"err must have shape .* = \[2, 3\], got \[1, 3\]"),
+    "err_int": ({"err": torch.ones(2, 3).int()}, "err must be a floating dtype"),
+    "b_enc_int": ({"b_enc": torch.ones(9).int()}, "b_enc must be a floating dtype"),
+    "W_dec": ({"W_dec": torch.ones(8, 3)}, r"W_dec must have shape \[F, D\] = \[9, \*\], got"),
+    "W_dec_int": ({"W_dec": torch.ones(9, 3).int()}, "W_dec must be a floating dtype"),
+    "b_pre": ({"b_pre": torch.ones(4)}, r"b_pre must have shape \[D\] = \[3\], got \[4\]"),
+    "b_pre_int": ({"b_pre": torch.ones(3).int()}, "b_pre must be a floating dtype"),
+    "b_pre_device": ({"b_pre": torch.ones(3, device="meta")}, "share a device, .* b_pre on meta"),
+    "scale": ({"scale": torch.ones(8)}, r"scale must have shape \[F\] = \[9\], got \[8\]"),
+    "scale_int": ({"scale": torch.ones(9).int()}, "scale must be a floating dtype"),
+    "scale_device": ({"scale": torch.ones(9, device="meta")}, "share a device, .* scale on meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument_is_refused(name):
+    change, message = BAD[name]
+    good: dict[str, Any] = {
+        "x": torch.ones(2, 3),
+        "err": torch.ones(2, 3),
+        "dead": torch.ones(9).bool(),
+    }
+    good |= {"W_enc": torch.ones(3, 9), "b_enc": torch.ones(9), "W_dec": torch.ones(9, 3)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        aux_topk(**(good | change))

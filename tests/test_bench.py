@@ -28,6 +28,7 @@ from bench.clock import Clock, fvu_at, seconds_to
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report import plots
+from bench.report.gpu import gpu_lines
 from bench.report.page import ops_lines, pipeline_lines
 from bench.report.rows import committed
 from bench.rivals import OPS, Inputs
@@ -229,6 +230,28 @@ def test_the_report_has_a_table_and_a_picture_of_every_level(tmp_path):
         assert f"images/bench-{name}.png" in text
         for kind in ("png", "svg"):
             assert (tmp_path / "images" / f"bench-{name}.{kind}").stat().st_size > 1000
+
+
+def test_the_page_shows_the_newest_figures_of_a_gpu():
+    here = {"device": "a GPU", "threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
+    here["date"] = "2026-01-01T00:00:00Z"
+    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", **here, "over_floor": 1.25}
+    failed = {"bench": "gpu_check", "check": "two", "passed": False, **here}
+    text = "\n".join(gpu_lines([{**step, "ms": 9.0}, failed, {**step, "ms": 3.14159}]))
+    assert "| c | fastsae | 3.142 | 1.25 |" in text and "9.0" not in text
+    assert "0 of 1 checks passed" in text and "Failed: two." in text
+    assert gpu_lines([]) == []
+
+
+def test_each_gpu_has_tables_of_its_own():
+    shared = {"threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
+    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", "over_floor": 1.25, **shared}
+    old = {**step, "device": "old", "date": "2026-01-01T00:00:00Z", "ms": 7.0}
+    new = {**step, "device": "new", "date": "2026-01-02T00:00:00Z", "ms": 5.0}
+    text = "\n".join(gpu_lines([new, old]))
+    first, second = text.split("### new")[1].split("### old")
+    assert "| 5.0 |" in first and "| 7.0 |" not in first
+    assert "| 7.0 |" in second and "| 5.0 |" not in second
 
 
 def test_committed_pictures_were_drawn_from_the_committed_rows(tmp_path):

@@ -1,7 +1,7 @@
 """`fastsae train | eval` on the real offline model, a few thousand tokens at a shallow layer."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from fastsae import SAE, SAES, StandardConfig, TopKConfig, TopKSAE
 from fastsae.analysis.plots import density_of_run
-from fastsae.cli import main
+from fastsae.cli import MUST_AGREE, _shared_metadata, main
 from fastsae.training.log import read_log
 from fastsae.training.run_config import LanguageModelRun
 from fastsae.training.side_by_side import SET_BY_THE_RUN, changes_in
@@ -229,6 +229,15 @@ def test_several_saes_are_evaluated_together(several, tmp_path, capsys):
     assert "sae must be SAEs of the same hook_name to be evaluated together" in message
 
 
+def test_what_one_sae_does_not_say_another_may(several):
+    saes = {name: SAE.load_from_disk(several / name / "sae") for name in NAMES[:2]}
+    older = saes[NAMES[0]]
+    metadata = {k: v for k, v in older.cfg.metadata.items() if k != "skip_first"}
+    older.cfg = replace(older.cfg, metadata=metadata)
+    shared = _shared_metadata(saes, MUST_AGREE)
+    assert shared["skip_first"] == 1 and shared["hook_name"] == metadata["hook_name"]
+
+
 def test_plot_draws_a_run_finished_or_not(several, tmp_path, capsys):
     import shutil
 
@@ -307,6 +316,19 @@ def test_eval_reads_what_was_held_out_from_the_sae(tiny, tmp_path, monkeypatch, 
     main(["eval", "--sae", str(out / "sae"), *arguments])
     again, first = json.loads(evaluated.read_text()), json.loads((out / "eval.json").read_text())
     assert again["rows"]["fvu"] == pytest.approx(first["rows"]["fvu"], rel=1e-4)
+
+
+def test_a_field_that_came_later_had_its_default(tiny_run, tiny, tmp_path, capsys):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(tiny_run, out)
+    then = json.loads((out / "run.json").read_text())
+    del then["revision"]
+    (out / "run.json").write_text(json.dumps(then))
+    main(["train", "--out", str(out), *SMALL, *tiny, "--resume"])
+    other = ["train", "--out", str(out), *SMALL, *tiny, "--resume", "--revision", "v2"]
+    assert "revision: 'main' then, 'v2' now" in refused(other, capsys)
 
 
 def test_resume_with_another_argument_is_refused(tiny_run, tiny, capsys):

@@ -1,5 +1,7 @@
 """group_by_latent, sparse_decode and mse_l1_loss."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -182,6 +184,67 @@ def test_bad_shapes_are_refused():
         sparse_decode(SparseCode(torch.ones(2, 2), torch.ones(2, 2)), torch.ones(4, 3))
 
 
+BAD_LOSS: dict[str, Any] = {
+    "l1_weight": ({"l1_weight": torch.ones(3)}, r"l1_weight must have shape \[F\] = \[4\], got"),
+    "l1_weight_int": ({"l1_weight": torch.ones(4).int()}, "l1_weight must be a floating dtype"),
+    "row_weight": (
+        {"row_weight": torch.ones(3)},
+        r"row_weight must have shape .* = \[2\], got \[3\]",
+    ),
+    "row_weight_int": ({"row_weight": torch.ones(2).int()}, "row_weight must be a floating dtype"),
+    "W_compute": ({"W_compute": torch.ones(3, 4)}, "W_compute must have shape W_dec's"),
+    "W_compute_int": ({"W_compute": torch.ones(4, 3).int()}, "W_compute must be a floating dtype"),
+    "x_device": ({"x": torch.ones(2, 3, device="meta")}, "x and the others must share a device"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LOSS)
+def test_bad_argument_of_the_loss_is_refused(name):
+    change, message = BAD_LOSS[name]
+    code = SparseCode(torch.ones(2, 1), torch.ones(2, 1, dtype=torch.int32))
+    good: dict[str, Any] = {
+        "x": torch.ones(2, 3),
+        "W_dec": torch.ones(4, 3),
+        "b_dec": torch.ones(3),
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        mse_l1_loss(code=code, **(good | change))
+
+
+def ragged(*offsets):
+    row_offsets = torch.tensor(offsets, dtype=torch.int32)
+    return RaggedCode(row_offsets, torch.tensor([0, 3, 1], dtype=torch.int32), torch.ones(3))
+
+
+BAD_CODES = {
+    "devices": (SparseCode(torch.ones(2, 1), torch.ones(2, 1, device="meta").int()),
+                "acts and the others must share a device, got acts on cpu, indices on meta"),
+    "int16": (SparseCode(torch.ones(2, 1), torch.ones(2, 1).short()), "indices must be int32 or"),
+    "offsets_device": (ragged(0, 1, 3)._replace(row_offsets=torch.ones(3, device="meta").int()),
+                       "acts on cpu, indices on cpu, row_offsets on meta"),
+    "offsets_float": (ragged(0, 1, 3)._replace(row_offsets=torch.tensor([0.0, 1.0, 3.0])),
+                      "row_offsets must be int32 or int64, got torch.float32"),
+    "offsets_ndim": (ragged(), r"row_offsets must have shape \[B \+ 1\], got \[0\]"),
+    "offsets_first": (ragged(1, 2, 3), "row_offsets must rise from 0 to nnz = 3, got 1 to 3"),
+    "offsets_last": (ragged(0, 1, 2), "row_offsets must rise from 0 to nnz = 3, got 0 to 2"),
+    "offsets_fall": (ragged(0, 2, 1, 3), "with a smallest step of -1"),
+    "ragged_ndim": (ragged(0, 3)._replace(acts=torch.ones(3, 1)),
+                    r"acts and indices must have the same shape \[nnz\], got \[3, 1\] and \[3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CODES)
+def test_bad_code_is_refused(name):
+    code, message = BAD_CODES[name]
+    for run in (
+        lambda: sparse_decode(code, torch.ones(4, 3)),
+        lambda: mse_l1_loss(torch.ones(2, 3), code, torch.ones(4, 3), torch.ones(3)),
+        lambda: group_by_latent(code, 4),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            run()
+
+
 @pytest.mark.parametrize("latent", [-1, 4])
 def test_indices_outside_the_dictionary_are_refused(latent):
     code = SparseCode(torch.ones(2, 1), torch.tensor([[0], [latent]]))
@@ -199,3 +262,6 @@ def test_indices_on_a_gpu_are_checked_on_demand():
     code = SparseCode(torch.ones(2, 1).cuda(), torch.full((2, 1), 4).cuda())
     with index_checks(), pytest.raises(ValueError, match="indices must be in"):
         group_by_latent(code, 4)
+    row_offsets, indices, acts = (t.cuda() for t in ragged(0, 1, 2)[:3])
+    with index_checks(), pytest.raises(ValueError, match="row_offsets must rise from 0"):
+        group_by_latent(RaggedCode(row_offsets, indices, acts), 4)

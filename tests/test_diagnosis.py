@@ -178,8 +178,11 @@ def test_several_saes_are_evaluated_as_each_alone():
     assert ce["ce_mean_ablated"] != ce["ce_zero_ablated"]
     table = comparison_table(reports).splitlines()
     assert [line.split()[0] for line in table[1:]] == ["topk", "relu"]
-    for name in ("KL from clean", "CE mean-ablated", "overcomplete", "norm of x_hat"):
-        assert name in report_table(reports["relu"])
+    table = report_table(reports["relu"])
+    for name in ("KL from clean", "CE mean-ablated", "overcomplete", "norm of x_hat", "density"):
+        assert name in table
+    (untouched,) = [line for line in table.splitlines() if "untouched" in line]
+    assert untouched.split()[-2:] == ["0.0833", "0.0000"]  # the first of 12 positions
     with pytest.raises(ValueError, match="saes must hold at least one SAE, got none"):
         evaluate_several({}, lm, hook, held_out)
 

@@ -1,7 +1,6 @@
 """Files and folders are the old ones or the new ones; a full disk is said in one sentence."""
 
 import errno
-import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -23,22 +22,6 @@ def file_size_limit(n_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a disk needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def trainer_with_a_checkpoint(folder):
@@ -131,7 +114,8 @@ def test_a_full_disk_leaves_the_old_json(tmp_path):
     assert path.read_text() == '"old"\n'
 
 
-def test_a_checkpoint_on_a_full_disk_leaves_the_previous_one(small_disk):
+def test_a_checkpoint_on_a_full_disk_leaves_the_previous_one(mount):
+    small_disk = mount("size=1m")
     trainer = trainer_with_a_checkpoint(small_disk)
     with pytest.raises(OSError, match="could not be written, .*No space left on device"):
         trainer.save()

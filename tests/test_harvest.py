@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
 from fastsae.data.hooks import capture_all, resolve_hook
 from fastsae.data.shards import ActivationShards, read_index
 from fastsae.data.tokens import separator_id
-from tiny_models import save_stories, save_tiny_llama, tiny_llama
+from tiny_models import poisoned, save_stories, save_tiny_llama, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -62,20 +63,6 @@ def files(folder: Path) -> dict[str, bytes]:
 def rows_of(folder: Path, hook: str) -> torch.Tensor:
     shards = ActivationShards(folder)
     return torch.cat([shards.rows(hook, i) for i in range(len(shards.index.shards))])
-
-
-def poisoned(lm, monkeypatch, value, call):
-    """`value` in one number of one activation of one pass, at the first hook."""
-    calls = []
-
-    def capture_poisoned(lm, hooks, tokens):
-        found = capture_all(lm, hooks, tokens)
-        calls.append(1)
-        if tokens.shape[1] > 1 and len(calls) == call:
-            found[0][2, 5, 3] = value
-        return found
-
-    monkeypatch.setattr("fastsae.data.model_rows.capture_all", capture_poisoned)
 
 
 def test_several_hooks_share_a_pass_that_ends_at_the_last(monkeypatch):
@@ -147,7 +134,7 @@ def test_dtype_of_the_rows(run, lm, dtype):
 
 
 def test_float16_overflow_is_an_error_that_names_shard_and_row(run, lm, monkeypatch):
-    poisoned(lm, monkeypatch, 70_000.0, call=35)
+    poisoned(monkeypatch, 70_000.0, call=35)
     with pytest.raises(ValueError) as error:
         harvest_to_disk(replace(run, dtype="float16", eval_tokens=0, massive_multiple=None), lm=lm)
     shards = read_index(run.out).shards
@@ -158,7 +145,7 @@ def test_float16_overflow_is_an_error_that_names_shard_and_row(run, lm, monkeypa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_stops_and_names_shard_and_row(run, lm, monkeypatch, value):
-    poisoned(lm, monkeypatch, value, call=18)  # the second pass of the second shard
+    poisoned(monkeypatch, value, call=18)  # the second pass of the second shard
     with pytest.raises(ValueError, match="must be finite, got NaN or inf in shard 1 at row") as e:
         harvest_to_disk(replace(run, eval_tokens=0, drop_special=False), lm=lm)
     # 16 contexts of the first pass, two of this one, and 4 positions after the first.
@@ -169,7 +156,7 @@ def test_nonfinite_stops_and_names_shard_and_row(run, lm, monkeypatch, value):
 
 def test_nonfinite_rows_can_be_skipped(run, lm, monkeypatch, caplog):
     whole = harvest_to_disk(replace(run, eval_tokens=0), lm=lm)
-    poisoned(lm, monkeypatch, float("nan"), call=18)
+    poisoned(monkeypatch, float("nan"), call=18)
     other = replace(run, out=run.out.with_name("skipped"), eval_tokens=0, nonfinite="skip")
     index = harvest_to_disk(other, lm=lm)
     assert index.rows == whole.rows - 1
@@ -180,7 +167,7 @@ def test_nonfinite_rows_can_be_skipped(run, lm, monkeypatch, caplog):
 
 def test_massive_rows_are_left_out_at_every_hook(run, lm, monkeypatch):
     whole = harvest_to_disk(replace(run, eval_tokens=0), lm=lm)
-    poisoned(lm, monkeypatch, 1000.0, call=18)
+    poisoned(monkeypatch, 1000.0, call=18)
     other = replace(run, out=run.out.with_name("massive"), eval_tokens=0)
     index = harvest_to_disk(other, lm=lm)
     assert index.rows == whole.rows - 1
@@ -215,6 +202,40 @@ def test_a_kill_between_shard_and_index_is_made_good(run, lm):
     (run.out / ".shard-00002.safetensors.abc").mkdir()
     harvest_to_disk(run, lm=lm)
     assert files(run.out) == before and not list(run.out.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "damage, unfinished, part, number",
+    [
+        ("lost", False, HELD_OUT, 0),
+        ("flipped", False, ".", 1),
+        ("lost", True, ".", 0),
+        ("flipped", True, ".", 1),
+    ],
+)
+def test_the_same_harvest_again_repairs_a_shard(
+    run, lm, monkeypatch, caplog, damage, unfinished, part, number
+):
+    harvest_to_disk(run, lm=lm)
+    before = files(run.out)
+    if unfinished:
+        index = read_index(run.out)
+        replace(index, shards=index.shards[:2], complete=False).write(run.out)
+    shard = run.out / part / f"shard-{number:05}.safetensors"
+    whole = shard.read_bytes()
+    if damage == "lost":
+        shard.unlink()
+    else:
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+        with pytest.raises(OSError, match="out must have room"):
+            harvest_to_disk(run, lm=lm)
+    assert f"shards from {shard.name} on are made again" in caplog.text
+    cut = read_index(run.out / part)
+    assert len(cut.shards) == number and not cut.complete
+    harvest_to_disk(run, lm=lm)
+    assert files(run.out) == before
 
 
 def test_the_same_harvest_again_does_nothing(run, lm, monkeypatch):
@@ -257,6 +278,36 @@ def test_folder_that_cannot_be_written_to_is_refused(run, lm, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="out must be a folder that can be written to, got"):
         harvest_to_disk(replace(run, out=tmp_path / "file" / "rows"), lm=lm)
+
+
+def test_a_read_only_folder_is_refused(run, mount, capsys):
+    disk = mount("ro")
+    small = ["--model", run.model, "--dataset", run.dataset, "--tokens", "640", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main(["harvest", "--out", str(disk / "rows"), *small])
+    assert stop.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"out must be a folder that can be written to, got {disk / 'rows'}" in said
+    assert "Read-only file system" in said
+
+
+def test_a_disk_that_fills_up_is_said_and_the_harvest_goes_on_once_there_is_room(run, lm, mount):
+    harvest_to_disk(run, lm=lm)
+    disk = mount("size=8m")
+    filler = disk / "filler"
+
+    def fill(stage, *_):
+        if stage == "train" and not filler.exists():
+            filler.write_bytes(bytes(shutil.disk_usage(disk).free - (3 << 19)))
+
+    other = replace(run, out=disk / "rows")
+    with pytest.raises(OSError, match="could not be written, .*No space left on device.*shard-000"):
+        harvest_to_disk(other, fill, lm=lm)
+    begun = read_index(other.out)
+    assert len(begun.shards) == 1 and not begun.complete
+    filler.unlink()
+    harvest_to_disk(other, lm=lm)
+    assert files(other.out) == files(run.out)
 
 
 def test_disk_without_room_is_refused_before_the_work(run, lm, monkeypatch):

@@ -40,6 +40,7 @@ def test_one_batch_equals_the_formulas(data):
     e2, centred = e.square().sum(1), (x - x.mean(0)).square().sum(1)
     fvu = e2.sum() / centred.sum()
     never = F - len(indices[acts != 0].unique())
+    density = indices[acts != 0].bincount(minlength=F).double().sort().values / N
     expected = {
         "n_rows": N,
         "fvu": fvu,
@@ -57,6 +58,10 @@ def test_one_batch_equals_the_formulas(data):
         "relative_reconstruction_bias": x_hat.square().sum() / (x * x_hat).sum(),
         "l0": (acts != 0).sum() / N,
         "dead_fraction": never / F,
+        "density_p10": 0.0,
+        "density_p50": density[F // 2 - 1],
+        "density_p90": density[9 * F // 10 - 1],
+        "density_max": density[-1],
     }
     result = measure(data, []).result()
     assert list(result) == list(DEFINITIONS) == list(expected)

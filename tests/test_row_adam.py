@@ -349,5 +349,13 @@ def test_bad_arguments_are_refused():
         row_grad_norm(weight, [pair_grad()])
     with pytest.raises(ValueError, match="grad_scale must be 0-dim"):
         row_adam(weight, [], *[zeros(weight)] * 2, step=1, lr=0.1, grad_scale=torch.ones(2))
+    away = zeros(weight, device="meta")
+    with pytest.raises(ValueError, match="weight on cpu, exp_avg on cpu, exp_avg_sq on meta"):
+        row_adam(weight, [], zeros(weight), away, step=1, lr=0.1)
+    with pytest.raises(ValueError, match=r"weight on cpu, grads\[0\].values on meta"):
+        row_adam(weight, [DenseGrad(away)], *[zeros(weight)] * 2, step=1, lr=0.1)
+    wide, pairs = torch.zeros(12, 33), pair_grad()
+    with pytest.raises(ValueError, match=r"grads\[0\].coef on meta"):
+        row_grad_norm(wide, [PairGrad(pairs.groups, pairs.coef.to("meta"), pairs.operand)])
     with pytest.raises(ValueError, match="budget must be at least 1 MiB"), workspace(5):
         pass

@@ -133,36 +133,6 @@ def test_at_most_k_groups_are_open_and_pairs_in_one_part_open_theirs():
     assert torch.equal(acts[0], scores[0].topk(k).values)
 
 
-def random_rows(generator, n_rows, F):
-    """Rows of a random family each: magnitudes, ties, clusters, signs and gaps at random."""
-
-    def draw(*shape):
-        return torch.rand(*shape, generator=generator)
-
-    base = torch.randn(n_rows, F, generator=generator) * 10 ** (6 * draw(n_rows, 1) - 3)
-    steps = 2 ** torch.randint(0, 6, (n_rows, 1), generator=generator)
-    tied = (base / base.abs().amax(1, keepdim=True) * steps).round()
-    ramp = torch.arange(F).float() * (draw(n_rows, 1) - 0.5)
-    stride = torch.randint(1, 33, (n_rows, 1), generator=generator)
-    comb = torch.where((torch.arange(F) + stride) % stride == 0, base.abs() + 1, base)
-    kind = torch.randint(0, 5, (n_rows, 1), generator=generator)
-    scores = torch.stack([base, tied, ramp, comb, base.clamp(max=0.0)])
-    return scores.gather(0, kind.expand(1, n_rows, F)).squeeze(0).to(DEVICE)
-
-
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))]
-)
-def test_random_search_finds_no_mismatch(seed):
-    """16 launches of 16 rows a seed, each row a case of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(16):
-        F = int(torch.randint(40, 400, (), generator=generator))
-        k = int(torch.randint(1, max(2, F // 16), (), generator=generator))
-        scores = random_rows(generator, 16, F)
-        check_exact(scores, encode_scores(scores, k))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_selects_by_fp32_sums(dtype):
     x, weight = lattice(6, 48).to(dtype), lattice(48, 500).to(dtype)

@@ -383,6 +383,18 @@ def test_optimizer_config_is_refused(field, value):
         OptimizerConfig(**{field: value})
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_does_not_wait_for_pinned_rows_to_travel():
+    trainer = Trainer(config(), device="cuda")
+    rows = ROWS.batch(0).bfloat16().pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = trainer._here(rows, torch.float32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(there.cpu(), rows.float())
+
+
 def test_steps_of_an_unresolved_run_are_refused():
     with pytest.raises(ValueError, match="batch_size must be resolved before total_steps"):
         _ = replace(config(), batch_size=None).total_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,16 +17,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastsae.data.shards as shards_module
+import fastsae.training.language_model_run as language_model_run
 import fastsae.training.row_sources as row_sources
 from fastsae.cli import main
 from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
+from fastsae.data.smollm2 import file_sha256
 from fastsae.saes import SAE
+from fastsae.training.config import LogConfig
 from fastsae.training.language_model_run import train_side_by_side
 from fastsae.training.log import read_log
 from fastsae.training.run_config import LanguageModelRun
 from tiny_models import save_stories, save_tiny_llama
+from training_runs import timeless
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
 
@@ -81,6 +87,13 @@ def all_rows(shards, hook=HOOKS[0]):
     return torch.cat([shards.rows(hook, i) for i in range(len(shards.index.shards))])
 
 
+def bits_of(run):
+    """What a run leaves of its SAE, its checkpoints and its log, but for the clock."""
+    tensors = [*(run / "sae").iterdir(), *(run / "checkpoints").rglob("*.safetensors")]
+    found = {str(path.relative_to(run)): path.read_bytes() for path in tensors}
+    return {**found, "metrics.jsonl": timeless(run / "metrics.jsonl")}
+
+
 def keys(rows):
     return Counter(row.tobytes() for row in rows.view(torch.int16).numpy())
 
@@ -125,6 +138,16 @@ def test_epochs_have_orders_of_their_own(shards):
     batches = list(islice(ShardedRows(shards, HOOKS[0], size).from_step(0), 4))
     assert keys(batches[0]) != keys(batches[2])
     assert keys(batches[1]) != keys(batches[3])
+
+
+def test_first_rows_are_read_from_no_more_shards_than_they_need(shards, monkeypatch):
+    sizes, everything = [shard.rows for shard in shards.index.shards], all_rows(shards)
+    rows, opened = shards.rows, set()
+    monkeypatch.setattr(shards, "rows", lambda hook, i: opened.add(i) or rows(hook, i))
+    for n, needed in ((sizes[0], 1), (sizes[0] + 1, 2), (10**9, len(sizes))):
+        opened.clear()
+        assert torch.equal(shards.first_rows(HOOKS[0], n), everything[:n])
+        assert opened == {*range(needed)}
 
 
 def test_bad_arguments_are_refused(shards):
@@ -197,6 +220,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(harvest, tmp_path, kill
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_point_of_a_save_it_ends_with_the_same_bits(harvest, tmp_path, every):
+    script = Path(__file__).with_name("killed_saving.py")
+    command = [sys.executable, str(script), str(harvest.out), str(tmp_path), str(every)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    whole, *killed = (bits_of(out) for out in (tmp_path / "whole", *tmp_path.glob("[0-9]*")))
+    assert len(killed) >= 4
+    assert all(found == whole for found in killed)
+    assert [name for name in whole if name.startswith("checkpoints")] != []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -210,6 +246,56 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(harvest, tmp_path, kill
 def test_a_run_is_refused(run, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_side_by_side(replace(run, **changes))
+
+
+def test_a_read_only_folder_is_read_and_not_written_to(run, harvest, mount, capsys):
+    disk = mount("size=8m")
+    shutil.copytree(harvest.out, disk / "rows")
+    mount("ro")
+    arguments = ["--hook", HOOKS[0], "--d-sae", "64", "--k", "4", "--batch-size", "64"]
+    arguments += ["--tokens", "640", "--device", "cpu", "--activations", str(disk / "rows")]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments, "--out", str(disk / "run")])
+    assert stop.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(disk / "run") in said and "Read-only file system" in said
+    main(["train", *arguments, "--out", str(run.out)])
+    assert (run.out / "eval.json").exists()
+
+
+@pytest.mark.parametrize("part", [".", HELD_OUT])
+def test_a_flipped_bit_is_noticed_before_training(run, harvest, tmp_path, capsys, part):
+    rows = tmp_path / "rows"
+    shutil.copytree(harvest.out, rows)
+    shard = rows / part / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    arguments = ["--hook", HOOKS[0], "--d-sae", "64", "--k", "4", "--batch-size", "64"]
+    arguments += ["--tokens", "640", "--device", "cpu", "--out", str(run.out)]
+    command = ["train", "--activations", str(rows), *arguments]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "shard must have the SHA-256 of the index" in said and str(shard) in said
+    assert list(run.out.rglob("*")) == []
+    main([*command, "--no-verify"])
+    assert (run.out / "eval.json").exists()
+
+
+def test_each_process_verifies_its_share(run, monkeypatch):
+    def seen(path):
+        looked_at[-1].append(path)
+        return file_sha256(path)
+
+    looked_at = []
+    monkeypatch.setattr(shards_module, "file_sha256", seen)
+    for part in range(2):
+        looked_at.append([])
+        row_sources.ShardSource(run, run.activations, part, 2).read(set(), lambda *_: None)
+    assert looked_at[0] and looked_at[1]
+    everything = sorted(run.activations.rglob("shard-*.safetensors"))
+    assert sorted(looked_at[0] + looked_at[1]) == everything
 
 
 def test_a_harvest_without_held_out_rows_is_refused(run, harvest, tmp_path):
@@ -230,10 +316,11 @@ def test_a_run_does_not_resume_on_other_rows(run, harvest, tmp_path):
 
 def test_300_losses_do_not_depend_on_what_is_read_ahead(run, monkeypatch):
     curves = []
-    for ahead in (0, 1, 2):
+    for ahead in (0, 2):
         monkeypatch.setattr(row_sources, "ShardedRows", partial(ShardedRows, ahead=ahead))
+        monkeypatch.setattr(language_model_run, "LogConfig", partial(LogConfig, every=1))
         one = replace(run, out=run.out / str(ahead), tokens=64 * 300, checkpoints=1)
         train_side_by_side(one)
         curves.append([line["loss"] for line in read_log(one.out / "metrics.jsonl")])
-    assert len(curves[0]) == 16
-    assert curves[0] == curves[1] == curves[2]
+    assert len(curves[0]) == 300
+    assert curves[0] == curves[1]

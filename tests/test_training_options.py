@@ -163,6 +163,8 @@ def test_whitened_rows_vary_alike_in_every_direction():
     )
     covariance = whitened(x).T @ whitened(x) / 4096
     assert relative_error(covariance, torch.eye(8) / 8) < 0.1
+    assert torch.allclose(whitened(1e29 * x), whitened(x), atol=1e-3)
+    assert torch.equal(whitened(0 * x), 0 * x)
     few = whitened(x[:4])  # fewer than D: no direction is blown up
     assert few.isfinite().all() and torch.allclose(few.norm(dim=1), torch.ones(4))
 

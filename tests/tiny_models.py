@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from fastsae.data import LanguageModel, load_language_model
+from fastsae.data.hooks import capture_all
 
 NO_TOKENIZER: Any = None
 VOCABULARY = 50
@@ -50,3 +52,17 @@ def save_stories(folder: Path, n: int) -> str:
     path = folder / "stories.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return str(path)
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, value: float, call: int) -> None:
+    """`value` in one number of one activation of one pass, at the first hook."""
+    calls = []
+
+    def capture_poisoned(lm, hooks, tokens):
+        found = capture_all(lm, hooks, tokens)
+        calls.append(1)
+        if tokens.shape[1] > 1 and len(calls) == call:
+            found[0][2, 5, 3] = value
+        return found
+
+    monkeypatch.setattr("fastsae.data.model_rows.capture_all", capture_poisoned)

@@ -20,11 +20,15 @@ from bench.gpu.harness import (
 )
 from fastsae_kernels import (
     Impl,
+    RaggedCode,
     SparseCode,
+    aux_topk,
+    batch_topk_encode,
     group_by_latent,
     mse_l1_loss,
     row_adam,
     sparse_decode,
+    threshold_encode,
     topk_encode,
 )
 from fastsae_kernels._row_grads import PairGrad
@@ -93,6 +97,86 @@ def encode(scale: Scale, report: Report) -> None:
     code = topk_encode(few, half.t(), bias, case.K, impl=Impl.TRITON)
     lost = bool(code.acts[3].isnan().all() and not code.acts[[0, 1, 2, 4]].isnan().any())
     report.check("topk_encode, a row of NaN stays NaN and alone", lost)
+
+
+@torch.no_grad()
+def free_slots(scale: Scale, report: Report) -> None:
+    """Rows whose free slots wait for open groups, before rows that have all of their entries.
+
+    With the fewest latents that the kernels take.
+    """
+    for k, d_sae in ((17, 1100), (18, 1200)):
+        ramp = torch.arange(d_sae, device=DEVICE, dtype=torch.float32)
+        noise = normal(d_sae, seed=14)
+        late = torch.where(ramp >= d_sae - 40, ramp, noise.abs())
+        twice = noise.repeat_interleave(2)[:d_sae]
+        few = torch.where(ramp % 401 == 5, ramp, -ramp)
+        weight = torch.stack([late, twice] * 4 + [few, late, twice, few] * 2, 1)
+        x, bias = torch.eye(16, device=DEVICE), torch.zeros_like(ramp)
+        code = topk_encode(x, weight.t(), bias, k, impl=Impl.TRITON)
+        name = f"topk_encode, free slots, F={d_sae} K={k}"
+        check_code(report, name, x, weight, bias, code, slack=0.0)
+
+
+@torch.no_grad()
+def ragged_encodes(scale: Scale, report: Report) -> None:
+    """One threshold for a batch, found by the encode and then given to the other one."""
+    case = scale.parity
+    x, weight = rows(case)[:1024].to(DEVICE), dictionary(case.F, case.D, seed=1)
+    bias, n_kept = 0.1 * normal(case.F, seed=2), case.K * len(x)
+    for dtype in (torch.bfloat16, torch.float32):
+        few, cheap = x.to(dtype), weight.to(dtype)
+        scores = (few.double() @ cheap.double().t() + bias.double()).relu()
+        limit = float(scores.view(-1).topk(n_kept, sorted=False).values.min())
+        name = f"{str(dtype)[6:]} B={len(x)} D={case.D} F={case.F}"
+        arguments = (few, weight.t(), bias)
+        options = {"W_compute": cheap.t(), "impl": Impl.TRITON}
+        code = batch_topk_encode(*arguments, case.K, **options)
+        check_ragged(report, f"batch_topk_encode {name}", code, scores, limit, n_kept)
+        code = threshold_encode(*arguments, threshold=limit, **options)
+        check_ragged(report, f"threshold_encode {name}", code, scores, limit, len(code.acts))
+
+
+def check_ragged(
+    report: Report, name: str, code: RaggedCode, scores: Tensor, limit: float, n_kept: int
+) -> None:
+    """Hold a code to the fp64 `scores` [B, F] above a limit, which may move by a rounding error."""
+    entry_rows, latents = code.rows().long(), code.indices.long()
+    in_order = bool(((entry_rows * scores.shape[1] + latents).diff() > 0).all())
+    found, slack = scores[entry_rows, latents], SUMS * float(scores.max())
+    missing = int((scores > limit + slack).sum() - (found > limit + slack).sum())
+    too_low = int((found < limit - slack).sum())
+    error = rough(code.acts, found)
+    report.check(
+        name,
+        in_order and len(found) == n_kept and missing == too_low == 0 and error <= SUMS,
+        score_at_index_error=error,
+        pairs=len(found),
+        missing=missing,
+        too_low=too_low,
+        in_order=in_order,
+    )
+
+
+def dead_latents(scale: Scale, report: Report) -> None:
+    """AuxK over so many dead latents that they are selected by the kernels."""
+    case = scale.parity
+    x, err = rows(case)[:SAMPLED].to(DEVICE), normal(min(case.B, SAMPLED), case.D, seed=15)
+    W_dec = dictionary(case.F, case.D, seed=1)
+    weights = [W_dec.clone().t(), 0.1 * normal(case.F, seed=2), W_dec]
+    dead = torch.arange(case.F, device=DEVICE) % 3 == 0
+    found = []
+    for dtype, impl in ((torch.float32, Impl.TRITON), (torch.float64, Impl.REFERENCE)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in weights]
+        loss = aux_topk(x.to(dtype), err.to(dtype), dead, *leaves, impl=impl)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    name = f"aux_topk B={len(x)} D={case.D} dead={int(dead.sum())}"
+    (loss, *grads), (exact, *exact_grads) = found
+    _close(report, f"{name}: loss", loss, exact)
+    # A selection that flips at rounding is another row of a gradient: by norms, not by elements.
+    for leaf, grad, truly in zip(("W_enc", "b_enc", "W_dec"), grads, exact_grads, strict=True):
+        apart = float((grad.double() - truly).norm() / truly.norm())
+        report.check(f"{name}: d {leaf}", apart <= 1e-2, error=apart)
 
 
 @torch.no_grad()

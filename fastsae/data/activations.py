@@ -23,6 +23,7 @@ from fastsae.data.model_rows import (
     BadRow,
     KeptRows,
     ModelRows,
+    NonFinite,
     RowRules,
     TokenBatch,
     default_batch_contexts,
@@ -94,6 +95,7 @@ def harvest_all(
     skip_first: int = 1,
     drop_special: bool = True,
     massive_multiple: float = 10.0,
+    nonfinite: NonFinite = "stop",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -108,6 +110,7 @@ def harvest_all(
         skip_first: positions at the start of each context that are set aside.
         drop_special: set the rows of the tokenizer's special tokens aside, wherever they stand.
         massive_multiple: a row is massive if its norm exceeds this multiple of the median norm.
+        nonfinite: what NaN or inf in an activation means: an error, or a row left out.
         dtype: of the rows; None keeps the model's own. Rows are finite: if the largest |x| of
             those kept is above the dtype's largest number (65,504 in float16), all of them are
             kept in float32 instead, and a warning is logged.
@@ -116,13 +119,13 @@ def harvest_all(
 
     Raises:
         ValueError: tokens of a wrong shape or outside the vocabulary; NaN or inf in an
-            activation.
+            activation, under `stop`.
     """
     _check(tokens, batch_contexts, skip_first, massive_multiple)
     n, length = tokens.shape
     step = batch_contexts or default_batch_contexts(lm.device, length)
     special = lm.special_ids if drop_special else ()
-    rules = RowRules(skip_first, special, massive_multiple)
+    rules = RowRules(skip_first, special, massive_multiple, nonfinite)
     passes = ModelRows(lm, hooks, rules, device=device or lm.device)
     gathered = [_Gathered(lm, hook, tokens, skip_first, dtype, device) for hook in hooks]
     n_contexts = 0
@@ -166,7 +169,7 @@ class _Gathered:
         )
         self.where = torch.empty(2, room, dtype=torch.int32, device=self.rows.device)
         self.excluded: list[Tensor] = []
-        self.n = 0
+        self.n = self.n_massive = 0
 
     def add(self, part: KeptRows, first_context: int) -> None:
         (kept,), (others,) = part.rows, part.others
@@ -178,6 +181,7 @@ class _Gathered:
         self.where[0, self.n : end].copy_(part.context + first_context)
         self.where[1, self.n : end].copy_(part.position)
         self.excluded.append(others)
+        self.n_massive += part.left_out["massive"]
         self.n = end
 
     def _widen(self, dtype: torch.dtype, largest: float) -> None:
@@ -193,7 +197,6 @@ class _Gathered:
         self.rows = rows
 
     def finish(self, row_filter: RowFilter, median: float) -> Activations:
-        excluded = torch.cat(self.excluded)
         n_first = len(self.tokens) * row_filter.skip_first
         later = self.tokens[:, row_filter.skip_first :]
         n_special = int(torch.isin(later, later.new_tensor(row_filter.dropped_tokens)).sum())
@@ -201,11 +204,11 @@ class _Gathered:
             rows=self.rows[: self.n],
             context_of=self.where[0, : self.n],
             position_of=self.where[1, : self.n],
-            excluded=excluded,
+            excluded=torch.cat(self.excluded),
             tokens=self.tokens,
             n_first=n_first,
             n_special=n_special,
-            n_massive=len(excluded) - n_first - n_special,
+            n_massive=self.n_massive,
             median_norm=median,
             row_filter=row_filter,
         )

@@ -32,7 +32,7 @@ from fastsae.data.model_rows import (
 )
 from fastsae.data.prefetch import Prefetched
 from fastsae.data.shard_buffer import ShardBuffer, ShardRows
-from fastsae.data.shards import INDEX, Index, Shard, read_index
+from fastsae.data.shards import INDEX, Index, Shard, check_shard, read_index
 from fastsae.data.smollm2 import file_sha256
 from fastsae.data.text import Text, load_text, split_documents
 from fastsae.data.tokens import token_contexts
@@ -53,13 +53,16 @@ Progress = Callable[[str, int, int], None]
 class HarvestRun:
     """Write the activations of a language model to a folder, to train from without the model.
 
-    The same command goes on where a killed one stopped, and ends with the same bytes.
+    The same command goes on where a killed one stopped, or before a shard that is lost or damaged,
+    and ends with the same bytes.
     """
 
     out: Path
     """Folder for the index and the shards; rows of held-out documents go to `held-out` in it."""
     model: str | None = None
     """Hub name, local folder or .gguf file; None: SmolLM2-135M-Instruct, offline."""
+    revision: str = "main"
+    """Branch, tag or commit of a model on a hub."""
     hooks: tuple[str, ...] = ()
     """Places such as `blocks.8.hook_resid_post`, or modules' paths, all from one pass of the model;
     none: the residual stream after the middle layer."""
@@ -113,7 +116,8 @@ def harvest_to_disk(
     """Harvest into `run.out`, or go on with the harvest that is there.
 
     Shards are cut by contexts and passes by shards, so that a harvest that was killed, at any
-    moment, is completed to the bytes of one that was not.
+    moment, is completed to the bytes of one that was not. The shards that are there are compared
+    with the index; from the first on that is lost or damaged they are made again.
 
     Args:
         lm: a model that is loaded already (a TransformerLens bridge, say), for `run.model`.
@@ -131,7 +135,8 @@ def harvest_to_disk(
     _check_writable(run.out)
     tell = progress or (lambda *_: None)
     if lm is None:
-        lm = load_language_model(run.model, device=resolve_device(run.device))
+        device = resolve_device(run.device)
+        lm = load_language_model(run.model, device=device, revision=run.revision)
     if run.context_size > lm.context_size:
         raise ValueError(
             f"context_size must be at most {lm.context_size}, the most that {lm.name} reads, "
@@ -147,6 +152,8 @@ def harvest_to_disk(
             0,
             _Part(run, lm, hooks, held_out, run.out / HELD_OUT, run.eval_tokens, HELD_OUT),
         )
+    for part in parts:
+        part.cut_to_sound(tell)
     _check_room(run.out, sum(part.most_bytes_left() or 0 for part in parts))
     for part in parts:
         part.harvest(tell)
@@ -182,12 +189,11 @@ class _Part:
 
     def _source(self, run: HarvestRun, tokens: int | None) -> dict[str, Any]:
         settings = asdict(run)
-        for name in ("out", "device", "hooks", "model", "batch_contexts", "shard_mib"):
+        for name in ("out", "device", "hooks", "model", "revision", "batch_contexts", "shard_mib"):
             del settings[name]
-        config = self.lm.model.config
         return {
             "model": self.lm.name,
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": self.lm.revision,
             "weights": _fingerprint(self.lm),
             "model_dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "tokenizer": str(self.lm.tokenizer.name_or_path),
@@ -218,6 +224,22 @@ class _Part:
                 f"another: {listing}"
             )
         return index
+
+    def cut_to_sound(self, tell: Progress) -> None:
+        """Drop the shards from the first on whose file is not what the index says."""
+        shards, done = self.index.shards, 0
+        for number, shard in enumerate(shards):
+            try:
+                check_shard(self.folder, shard)
+            except (FileNotFoundError, ValueError) as error:
+                _log.warning("%s: shards from %s on are made again", error, shard.file)
+                self.index = replace(self.index, shards=shards[:number], complete=False)
+                self.index.write(self.folder)
+                for dropped in shards[number:]:  # they would take the room of the new ones
+                    (self.folder / dropped.file).unlink(missing_ok=True)
+                return
+            done += shard.contexts * self.length
+            tell(f"verify {self.name}", done, self.index.contexts * self.length)
 
     def most_bytes_left(self) -> int | None:
         """Bytes of the shards to come; None: nobody knows how long the text is."""

@@ -45,6 +45,11 @@ class LanguageModel:
     output it is."""
 
     @property
+    def revision(self) -> str | None:
+        """Commit of a model from a hub; None of another."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self._config.hidden_size)

@@ -62,7 +62,7 @@ class KeptRows(NamedTuple):
     rows: tuple[Float[Tensor, "m _"], ...]
     """One tensor a hook; row i is the same token in each."""
     others: tuple[Float[Tensor, "r _"], ...]
-    """The rows that are left out, likewise."""
+    """The rows that are left out, likewise, but for those with NaN or inf."""
     context: Int[Tensor, " m"]
     """Within the batch."""
     position: Int[Tensor, " m"]
@@ -258,7 +258,7 @@ class ModelRows:
             "massive": int((wanted & finite.all(0) & ~light.all(0)).sum()),
             "nonfinite": int((wanted & bad).sum()),
         }
-        kept, others = (self._rows_where(chosen, landing.rows) for chosen in (keep, ~keep))
+        kept, others = (self._rows_where(chosen, landing.rows) for chosen in (keep, ~keep & ~bad))
         return KeptRows(kept, others, context, position, tokens, left_out, landing.batch.end)
 
     @staticmethod

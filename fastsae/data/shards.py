@@ -34,6 +34,7 @@ INDEX = "index.json"
 FORMAT, VERSION = "fastsae-activations", 1
 _MAPPED = 64
 """Shards that stay mapped; one that comes back is mapped again."""
+_REPAIR = "the same `fastsae harvest`, given again, repairs it"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,32 @@ def read_index(folder: Path) -> Index:
         ) from error
 
 
+def check_size(folder: Path, shard: Shard) -> None:
+    """Raise where the file of a shard is absent, or not as long as the index says."""
+    path = folder / shard.file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"activations must hold every shard of {INDEX}, got no {shard.file} in {folder}; "
+            f"{_REPAIR}"
+        )
+    if path.stat().st_size != shard.n_bytes:
+        raise ValueError(
+            f"shard must have {shard.n_bytes} bytes, got {path.stat().st_size} for {path}: "
+            f"it is truncated or damaged; {_REPAIR}"
+        )
+
+
+def check_shard(folder: Path, shard: Shard) -> None:
+    """The same, and where its file has another checksum."""
+    check_size(folder, shard)
+    found = file_sha256(folder / shard.file)
+    if found != shard.sha256:
+        raise ValueError(
+            f"shard must have the SHA-256 of the index, {shard.sha256}, got {found} for "
+            f"{folder / shard.file}: it is damaged; {_REPAIR}"
+        )
+
+
 class Where(NamedTuple):
     """Where the rows of a shard come from."""
 
@@ -140,7 +167,7 @@ class ActivationShards:
                 f"{self.folder} so far; give the same `fastsae harvest` again to go on"
             )
         for shard in self.index.shards:
-            self._check_size(shard)
+            check_size(self.folder, shard)
         self._map = lru_cache(_MAPPED)(self._open)
 
     @property
@@ -163,6 +190,16 @@ class ActivationShards:
         """The rows of one shard, mapped: read from the disk where and when they are touched."""
         return self._map(shard)[f"rows.{self.check_hook(hook)}"]
 
+    def first_rows(self, hook: str, n_rows: int) -> Float[Tensor, "n D"]:
+        """So many rows, or all if there are fewer, in memory; no further shard is read."""
+        parts: list[Tensor] = []
+        for shard in range(len(self.index.shards)):
+            parts.append(self.rows(hook, shard)[:n_rows])
+            n_rows -= len(parts[-1])
+            if not n_rows:
+                break
+        return torch.cat(parts)
+
     def where(self, shard: int) -> Where:
         """Context, position and tokens of the rows of one shard."""
         found = self._map(shard)
@@ -178,40 +215,29 @@ class ActivationShards:
                 with self.path(shard).open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read every shard and compare its checksum with the index.
+    def verify(
+        self,
+        shards: Iterable[int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read shards and compare their checksums with the index.
 
         Args:
-            progress: called with the bytes that were read and those there are.
+            shards: which; None: all.
+            progress: called with the rows that were read and those there are.
 
         Raises:
-            ValueError: a shard has another SHA-256 than the index says.
+            FileNotFoundError, ValueError: a shard is not what the index says.
         """
-        total = sum(shard.n_bytes for shard in self.index.shards)
+        numbers = range(len(self.index.shards)) if shards is None else shards
+        wanted = [self.index.shards[number] for number in numbers]
+        total = sum(shard.rows for shard in wanted)
         done = 0
-        for shard in self.index.shards:
-            found = file_sha256(self.folder / shard.file)
-            if found != shard.sha256:
-                raise ValueError(
-                    f"shard must have the SHA-256 of the index, {shard.sha256}, got {found} for "
-                    f"{self.folder / shard.file}: it is damaged; harvest again"
-                )
-            done += shard.n_bytes
+        for shard in wanted:
+            check_shard(self.folder, shard)
+            done += shard.rows
             if progress is not None:
                 progress(done, total)
-
-    def _check_size(self, shard: Shard) -> None:
-        path = self.folder / shard.file
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"activations must hold every shard of {INDEX}, got no {shard.file} in "
-                f"{self.folder}; harvest again"
-            )
-        if path.stat().st_size != shard.n_bytes:
-            raise ValueError(
-                f"shard must have {shard.n_bytes} bytes, got {path.stat().st_size} for {path}: "
-                "it is truncated or damaged; harvest again"
-            )
 
     def _open(self, shard: int) -> dict[str, Tensor]:
         path = self.path(shard)
@@ -219,4 +245,4 @@ class ActivationShards:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}; harvest again") from error
+            raise ValueError(f"{path} is damaged: {error}; {_REPAIR}") from error

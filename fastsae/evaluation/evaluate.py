@@ -179,6 +179,8 @@ def report_table(report: dict[str, Any]) -> str:
         "cosine_similarity": "cosine similarity",
         "l2_ratio": "norm of x_hat over x's",
         "dead_fraction": "not fired on held-out rows",
+        "density_p50": "density, median latent",
+        "density_max": "  most frequent latent",
     }
     for key, name in names.items():
         figures = (rows,) if everything is None else (rows, everything)
@@ -198,6 +200,7 @@ def report_table(report: dict[str, Any]) -> str:
         "kl_score": "KL score",
     }
     lines += [f"{n:28}{trained[key]:14.4f}{every[key]:14.4f}" for key, n in names.items()]
+    lines.append(f"{'positions left untouched':28}{ce['untouched_fraction']:14.4f}{0:14.4f}")
     if ce["rows_not_centred"] is not None:
         before = ce["rows_not_centred"]["ce_spliced"]
         lines.append(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+DENSITY_PERCENTILES = (10, 50, 90)
 DEFINITIONS = {
     "n_rows": "rows seen, N",
     "fvu": "sum ||e||^2 / sum ||x - mean x||^2, e = x - x_hat, the mean over all N rows",
@@ -30,6 +31,12 @@ DEFINITIONS = {
     "relative_reconstruction_bias": "sum ||x_hat||^2 / sum <x, x_hat>",
     "l0": "mean over rows of the number of latents with act != 0",
     "dead_fraction": "fraction of the latents with act == 0 in all N rows",
+    **{
+        f"density_p{percent}": f"the density that {percent} % of the latents do not exceed, a "
+        "latent's density being the fraction of the N rows with act != 0"
+        for percent in DENSITY_PERCENTILES
+    },
+    "density_max": "the largest density of a latent",
 }
 
 _CHUNK_ROWS = 1024
@@ -44,7 +51,7 @@ class ReconstructionMetrics:
 
     Args:
         d_in: width of the rows, D.
-        d_sae: number of latents, F; None leaves out `l0`, `dead_fraction` and `density`.
+        d_sae: number of latents, F; None leaves out `l0`, `dead_fraction` and the densities.
     """
 
     def __init__(self, d_in: int, d_sae: int | None = None) -> None:
@@ -124,6 +131,10 @@ class ReconstructionMetrics:
         if self.d_sae is not None:
             values["l0"] = self._fired.sum() / n
             values["dead_fraction"] = (self._fired == 0).double().mean()
+            densities = self.density.sort().values
+            for percent in DENSITY_PERCENTILES:
+                values[f"density_p{percent}"] = densities[-(-percent * self.d_sae // 100) - 1]
+            values["density_max"] = densities[-1]
         return {name: float(value) for name, value in values.items()}
 
     @property

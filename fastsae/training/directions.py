@@ -49,21 +49,26 @@ def start_at_whitened_rows(sae: SAE, rows: Float[Tensor, "N D"], mesh: Mesh, see
 
 def whitened(x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     """u(C^(-1/2) x_i), with C = x^T x / N and the ridge."""
-    variances, vectors = torch.linalg.eigh(x.t() @ x / len(x))
-    roots = (variances.clamp_min(0) + RIDGE * variances.mean()).sqrt()
-    return normalize(x @ (vectors / roots) @ vectors.t(), dim=1)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax().clamp_min(tiny)  # whose squares are in range, whatever the rows' size
+    covariance = x.t() @ x / len(x)
+    # On an Apple GPU there is no eigh.
+    variances, vectors = torch.linalg.eigh(covariance.cpu() if x.is_mps else covariance)
+    roots = (variances.clamp_min(0) + RIDGE * variances.mean()).clamp_min(tiny).sqrt()
+    return normalize(x @ (vectors / roots @ vectors.t()).to(x.device), dim=1)
 
 
 def apart(rows: Float[Tensor, "N D"], n: int, seed: int) -> Float[Tensor, "n D"]:
     """At most n of the unit rows, each once, in a seeded order; where there are several for each,
     of every few those whose largest cosine to what is already picked is the least."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    rows = rows[order.to(rows.device)]
+    order = order.to(rows.device)
     candidates = min(CANDIDATES, len(rows) // n)
     if candidates < 2:
-        return rows[:n]
+        return rows[order[:n]]
     picked = rows.new_zeros(n, rows.shape[1])
-    for done, some in zip(range(0, n, AT_ONCE), rows.split(candidates * AT_ONCE), strict=False):
+    for done, some in zip(range(0, n, AT_ONCE), order.split(candidates * AT_ONCE), strict=False):
+        some = rows[some]
         nearest = (some @ picked[: done + 1].t()).amax(1)  # the last of these is still zero
         least = nearest.argsort(stable=True)[: min(AT_ONCE, n - done)]
         picked[done : done + len(least)] = some[least]

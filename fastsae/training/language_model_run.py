@@ -236,6 +236,8 @@ def _source(
 ) -> ModelSource | ShardSource | ServedSource:
     if mesh.beside:
         return ServedSource(world, mesh)
+    if run.distribute == "layers" and not world.is_first:
+        run = replace(run, verify=False)  # the first looks at all shards
     return row_source(run, device, mesh.rank, mesh.size)
 
 
@@ -278,7 +280,7 @@ def _config(
         schedule=one.schedule,
         b_dec_init=one.b_dec_init,
         W_dec_init=one.W_dec_init,
-        checkpoint=CheckpointConfig(keep_every=run.keep_every),
+        checkpoint=CheckpointConfig(keep=run.keep, keep_every=run.keep_every),
         resample_every=one.resample_every,
         exchange=run.exchange,
         log=LogConfig(to=run.log_to, project=run.project),

@@ -188,11 +188,12 @@ class ModelRank:
         return source.batches(self.places, size * self.mesh.size, range(start, stop))
 
     def _load(self) -> Places:
-        lm = load_language_model(self.run.model, device=self.device)
-        runs = runs_of(self.run)
+        run = self.run
+        lm = load_language_model(run.model, device=self.device, revision=run.revision)
+        runs = runs_of(run)
         for rank in range(self.mesh.size):
             if server_of(self.mesh, rank) == self.world.rank:
-                source = StreamSource(self.run, lm, rank, self.mesh.size, ahead=0)
+                source = StreamSource(run, lm, rank, self.mesh.size, ahead=0)
                 self.hooks = {name: source.place(one) for name, one in runs.items()}
                 self.sources[rank] = source
         return Places(

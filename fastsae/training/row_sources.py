@@ -75,6 +75,8 @@ class ModelSource:
         run = self.run
         return {
             "model_name": self.lm.name,
+            **({} if self.lm.revision is None else {"model_revision": self.lm.revision}),
+            **({} if run.nonfinite == "stop" else {"nonfinite": run.nonfinite}),
             "hook_name": hook,
             "context_size": run.context_size,
             "dataset_path": run.dataset,
@@ -135,6 +137,7 @@ class ModelSource:
             tokens[contexts],
             drop_special=run.drop_special,
             massive_multiple=run.massive_multiple,
+            nonfinite=run.nonfinite,
             progress=lambda done, total: tell(name, done, total, {}),
         )
         return dict(zip(places, found, strict=True))
@@ -209,6 +212,7 @@ class StreamSource(ModelSource):
             rules=RowRules(
                 dropped_tokens=self.lm.special_ids if run.drop_special else (),
                 massive_multiple=run.massive_multiple,
+                nonfinite=run.nonfinite,
             ),
             median_norms={hook: self._rows[hook].median_norm for hook in hooks},
             buffer_rows=run.buffer_rows,
@@ -257,6 +261,8 @@ class ShardSource:
         digests = "".join(shard.sha256 for shard in self.shards.index.shards)
         return {
             "model_name": source["model"],
+            **({} if source["revision"] is None else {"model_revision": source["revision"]}),
+            **({} if source["nonfinite"] == "stop" else {"nonfinite": source["nonfinite"]}),
             "hook_name": hook,
             "context_size": source["context_size"],
             "dataset_path": source["dataset"],
@@ -273,7 +279,14 @@ class ShardSource:
         return {}  # a few batches, out of mapped files
 
     def read(self, hooks: set[str], tell: Progress) -> None:
-        """Nothing: batches come as they are read."""
+        """Compare checksums, of this process's share of the shards, once in a run."""
+        if self.run.verify and not self.run.resume:
+            self._verify(self.shards, tell, "verify")
+            self._verify(self._held_out, tell, "verify held-out")
+
+    def _verify(self, shards: ActivationShards, tell: Progress, name: str) -> None:
+        mine = range(self.part, len(shards.index.shards), self.parts)
+        shards.verify(mine, lambda done, total: tell(name, done, total, {}))
 
     def sample(self, hook: str) -> Tensor:
         return ShardedRows(self.shards, hook, 1).sample(SAMPLE_ROWS)
@@ -291,10 +304,9 @@ class ShardSource:
     def evaluate(
         self, hook: str, saes: Mapping[str, SAE], progress: Callable[[int, int], None]
     ) -> dict[str, dict[str, Any]]:
-        index = self._held_out.index
-        rows = torch.cat([self._held_out.rows(hook, i) for i in range(len(index.shards))])
-        report = {"model": index.source["model"], "hook": hook}
-        found = evaluate_on_rows(saes, rows[: self.run.eval_tokens], progress=progress)
+        rows = self._held_out.first_rows(hook, self.run.eval_tokens)
+        report = {"model": self._held_out.index.source["model"], "hook": hook}
+        found = evaluate_on_rows(saes, rows, progress=progress)
         return {name: {**report, **figures} for name, figures in found.items()}
 
     def held_out(self, hook: str) -> Activations | None:
@@ -307,7 +319,8 @@ def row_source(
     if run.activations is not None:
         return ShardSource(run, run.activations, part, parts)
     kind = StreamSource if run.stream else ModelSource
-    return kind(run, load_language_model(run.model, device=device), part, parts)
+    lm = load_language_model(run.model, device=device, revision=run.revision)
+    return kind(run, lm, part, parts)
 
 
 def _side_by_side(

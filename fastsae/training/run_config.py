@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fastsae.checks import check_choice, check_counts
+from fastsae.data.model_rows import NonFinite
 from fastsae.distributed.mesh import TIMEOUT_SECONDS
 from fastsae.saes import SAES
 from fastsae.saes.transcoder import Transcodes
@@ -16,8 +17,8 @@ from fastsae.training.side_by_side import SET_BY_THE_RUN, runs_of
 
 Distribution = Literal["split", "layers"]
 FROM_SHARDS = (
-    *("model", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
-    *("drop_special", "massive_multiple", "stream", "buffer_rows", "mixing"),
+    *("model", "revision", "dataset", "text_column", "split", "context_size", "harvest_tokens"),
+    *("drop_special", "massive_multiple", "nonfinite", "stream", "buffer_rows", "mixing"),
 )
 """Fields of a run that mean nothing where its rows come from a harvest."""
 
@@ -33,6 +34,8 @@ class LanguageModelRun:
     """Folder for the SAE (`sae/`), the log, checkpoints, evaluation and pictures."""
     model: str | None = None
     """Hub name, local folder or .gguf file; None: SmolLM2-135M-Instruct, offline."""
+    revision: str = "main"
+    """Branch, tag or commit of a model on a hub."""
     layer: int | None = None
     """Train on the residual stream after this layer; None: the middle one."""
     hook: str | None = None
@@ -60,6 +63,9 @@ class LanguageModelRun:
     activations: Path | None = None
     """Folder that `fastsae harvest` wrote, to train on its rows without a language model; the text
     is then the harvest's, and `hook` or `layer` one of its places."""
+    verify: bool = True
+    """Compare the checksums of `activations` before a run begins; a terabyte takes a quarter of an
+    hour. A run that is resumed does not."""
     variant: str = "topk"
     """Kind of SAE; `--variant NAME --help` lists its own options."""
     sae: dict[str, Any] = field(default_factory=dict)
@@ -82,10 +88,14 @@ class LanguageModelRun:
     """Leave out the rows of the tokenizer's special tokens, wherever they stand."""
     massive_multiple: float = 10.0
     """Rows with a norm above this multiple of the median are left out, as are first positions."""
+    nonfinite: NonFinite = "stop"
+    """What NaN or inf in an activation means: an error, or a row left out."""
     eval_tokens: int = 16_384
     """Held-out tokens to evaluate on."""
     checkpoints: int = 4
-    """Checkpoints over the run; the newest two are kept."""
+    """Checkpoints over the run."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of so many steps are kept as well."""
     resample_every: int | None = None
@@ -123,7 +133,7 @@ class LanguageModelRun:
     def __post_init__(self) -> None:
         if self.layer is not None and self.hook is not None:
             raise ValueError(f"layer must be None when hook is given, got {self.layer}")
-        check_counts(self, "tokens", "eval_tokens", "checkpoints", "context_size")
+        check_counts(self, "tokens", "eval_tokens", "checkpoints", "keep", "context_size")
         if self.variant not in SAES:
             raise ValueError(f"variant must be one of {sorted(SAES)}, got {self.variant!r}")
         if issubclass(SAES[self.variant], Transcodes):

@@ -87,7 +87,7 @@ class Trainer(Update):
         parts = [rows] if targets is None else [rows, targets]
         for part in parts:
             check_finite(part, self.steps_done + 1, self.mesh)
-        wide = [part.to(self.device, torch.float32) for part in parts]
+        wide = [self._here(part, torch.float32) for part in parts]
         self.scaling.fit(*wide)
         if self.mesh.size > 1:
             self.scaling.load_state_dict(self._of_first(self.scaling.state_dict()))

@@ -67,6 +67,9 @@ class Update:
     ) -> SAELoss:
         """One update of the SAE on unscaled rows; `target` is what a transcoder predicts.
 
+        Rows in pinned memory are still being copied to the GPU when this returns: do not write to
+        them again.
+
         Raises:
             ValueError: a transcoder without a target, or another SAE with one.
         """
@@ -100,7 +103,13 @@ class Update:
         """The rows of this part of the batch, of which each shard was given some."""
         if self.mesh.tp == 1:
             return rows
-        return self.mesh.gather(rows.to(self.device), "tp").flatten(0, 1)
+        return self.mesh.gather(self._here(rows, rows.dtype), "tp").flatten(0, 1)
+
+    def _here(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows on the device."""
+        if self.device.type == "cuda":  # as they are: half the bytes, and nobody waits for the copy
+            rows = rows.to(self.device, non_blocking=True)
+        return rows.to(self.device, dtype)
 
     def _resample(self, loss: SAELoss) -> None:
         every = self.cfg.resample_every
@@ -121,8 +130,8 @@ class Update:
         for rows, wanted in zip(x.split(width), targets, strict=True):
             options: dict[str, Tensor] = {}
             if wanted is not None:
-                options["target"] = self.scaling.apply_to_targets(wanted.to(self.device, dtype))
-            rows = self.scaling.apply(rows.to(self.device, dtype)).to(self.compute_dtype)
+                options["target"] = self.scaling.apply_to_targets(self._here(wanted, dtype))
+            rows = self.scaling.apply(self._here(rows, dtype)).to(self.compute_dtype)
             loss = self.sae.loss(rows, dead, self.steps_done, **options)
             (loss.total if len(rows) == len(x) else loss.total * (len(rows) / len(x))).backward()
             losses.append(loss)

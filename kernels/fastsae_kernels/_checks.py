@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastsae_kernels.code import RaggedCode, SparseCode
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 _index_checks = False
@@ -13,10 +15,10 @@ _index_checks = False
 
 @contextmanager
 def index_checks() -> Iterator[None]:
-    """Check every code's latents on a GPU too, where each check waits for the device.
+    """Check each code's latents and row offsets on a GPU too, where a check waits for the device.
 
-    On a CPU they are always checked. An index outside the dictionary reads or writes memory that
-    is not its own.
+    On a CPU they are always checked. An index outside the dictionary, or an offset outside the
+    code, reads or writes memory that is not its own.
     """
     global _index_checks
     before, _index_checks = _index_checks, True
@@ -26,9 +28,13 @@ def index_checks() -> Iterator[None]:
         _index_checks = before
 
 
+def _values_are_checked(tensor: Tensor) -> bool:
+    wanted = tensor.device.type == "cpu" or _index_checks
+    return wanted and not torch.compiler.is_compiling()
+
+
 def check_indices(indices: Tensor, d_sae: int) -> None:
-    wanted = indices.device.type == "cpu" or _index_checks
-    if not wanted or torch.compiler.is_compiling() or indices.numel() == 0:
+    if not _values_are_checked(indices) or indices.numel() == 0:
         return
     least, most = (int(bound) for bound in indices.aminmax())
     if least < 0 or most >= d_sae:
@@ -37,11 +43,31 @@ def check_indices(indices: Tensor, d_sae: int) -> None:
         )
 
 
+def check_row_offsets(row_offsets: Tensor, nnz: int) -> None:
+    check_int("row_offsets", row_offsets)
+    if row_offsets.ndim != 1 or len(row_offsets) == 0:
+        raise ValueError(f"row_offsets must have shape [B + 1], got {list(row_offsets.shape)}")
+    if not _values_are_checked(row_offsets):
+        return
+    first, last = int(row_offsets[0]), int(row_offsets[-1])
+    least = int(row_offsets.diff(prepend=row_offsets[:1]).min())
+    if first != 0 or last != nnz or least < 0:
+        raise ValueError(
+            f"row_offsets must rise from 0 to nnz = {nnz}, got {first} to {last} "
+            f"with a smallest step of {least}"
+        )
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
         raise TypeError(
             f"{name} must be a floating dtype ({', '.join(FLOATS)}), got {tensor.dtype}"
         )
+
+
+def check_int(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, letters: str, shape: tuple[int | None, ...]) -> None:
@@ -71,15 +97,27 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"{next(iter(devices))} and the others must share a device, got {listing}")
 
 
-def check_code(acts: Tensor, indices: Tensor) -> None:
+def check_code(code: SparseCode | RaggedCode, d_sae: int) -> None:
+    """Its dtypes, shapes and device, that all of its latents exist, and where its rows start."""
+    acts, indices = code.acts, code.indices
+    row_offsets = code.row_offsets if isinstance(code, RaggedCode) else None
     check_float("acts", acts)
-    if indices.is_floating_point() or indices.dtype.is_complex or indices.dtype.itemsize < 4:
-        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-    if acts.shape != indices.shape or acts.ndim < 1:
+    check_int("indices", indices)
+    check_same_device(acts=acts, indices=indices, row_offsets=row_offsets)
+    fits = acts.ndim >= 1 if row_offsets is None else acts.ndim == 1
+    if not fits or acts.shape != indices.shape:
+        letters = "[..., K]" if row_offsets is None else "[nnz]"
         raise ValueError(
-            "acts and indices must have the same shape [..., K], "
+            f"acts and indices must have the same shape {letters}, "
             f"got {list(acts.shape)} and {list(indices.shape)}"
         )
+    check_indices(indices, d_sae)
+    if row_offsets is not None:
+        check_row_offsets(row_offsets, acts.numel())
+
+
+def dtypes_of(*tensors: Tensor | None) -> list[torch.dtype]:
+    return [t.dtype for t in tensors if t is not None]
 
 
 def check_encoder(

@@ -1,7 +1,13 @@
 import torch
 from torch import Tensor
 
-from fastsae_kernels._checks import check_float, check_rows, check_same_device, check_shape
+from fastsae_kernels._checks import (
+    check_encoder,
+    check_float,
+    check_same_device,
+    check_shape,
+    dtypes_of,
+)
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.shards import Shards, check_shards
 
@@ -34,7 +40,7 @@ def aux_topk(
 
     Args:
         x: [..., D].
-        err: [..., D] x_hat - x, what the live latents left over, a constant.
+        err: [..., D] x_hat - x, what the live latents left over, a constant (D is W_dec's).
         dead: [F] bool.
         absolute: pick the latents with the largest |h| * scale instead, as AbsTopK does.
         W_enc, b_enc, W_dec, b_pre, scale: as in `topk_encode` and `sparse_decode`.
@@ -49,18 +55,18 @@ def aux_topk(
         ValueError: a shape or a device breaks the rule it names.
         TypeError: `dead` is not bool, or a dtype is not floating.
     """
-    check_float("W_enc", W_enc)
-    check_shape("W_enc", W_enc, "[D, F]", (None, None))
-    d_in, d_sae = W_enc.shape
-    check_rows("x", x, d_in)
+    check_encoder(x, W_enc, b_enc, b_pre, scale)
+    d_sae = W_enc.shape[1]
+    check_float("W_dec", W_dec)
     check_shape("W_dec", W_dec, "[F, D]", (d_sae, None))
-    check_rows("err", err, W_dec.shape[1])
-    check_shape("b_enc", b_enc, "[F]", (d_sae,))
+    check_float("err", err)
+    check_shape("err", err, "[..., D] with x's leading shape", (*x.shape[:-1], W_dec.shape[1]))
     check_shape("dead", dead, "[F]", (d_sae,))
     if dead.dtype != torch.bool:
         raise TypeError(f"dead must be bool, got {dead.dtype}")
-    check_same_device(x=x, err=err, dead=dead, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
-    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    check_same_device(x=x, err=err, dead=dead, W_dec=W_dec)
+    dtypes = dtypes_of(x, err, W_enc, b_enc, W_dec, b_pre, scale)
+    impl = resolve_impl(impl, x.device, dtypes=dtypes)
     check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.auxk.reference import aux_topk as reference

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from fastsae_kernels._checks import check_encoder, check_shape
+from fastsae_kernels._checks import check_encoder, check_shape, dtypes_of
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import MOST_ENTRIES, RaggedCode
 from fastsae_kernels.shards import Shards, check_shards
@@ -55,7 +55,8 @@ def batch_topk_encode(
             f"k must keep at most 2^31 - 1 of a batch's entries (row offsets are int32), got {k} "
             f"over {n_rows} rows"
         )
-    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    dtypes = dtypes_of(x, W_enc, b_enc, b_pre, scale, W_compute)
+    impl = resolve_impl(impl, x.device, dtypes=dtypes)
     check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.batch_topk.reference import batch_topk_encode as reference

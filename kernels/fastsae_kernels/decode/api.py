@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from fastsae_kernels._checks import check_code, check_decoder, check_indices, check_same_device
+from fastsae_kernels._checks import check_code, check_decoder, check_same_device
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode, SparseCode
 
@@ -31,12 +31,8 @@ def sparse_decode(
         TypeError: a dtype does.
     """
     check_decoder(W_dec, b_dec)
-    offsets = code.row_offsets if isinstance(code, RaggedCode) else None
-    check_same_device(
-        acts=code.acts, indices=code.indices, row_offsets=offsets, W_dec=W_dec, b_dec=b_dec
-    )
-    check_code(code.acts, code.indices)
-    check_indices(code.indices, W_dec.shape[0])
+    check_code(code, W_dec.shape[0])
+    check_same_device(acts=code.acts, W_dec=W_dec, b_dec=b_dec)
     impl = resolve_impl(impl, W_dec.device, dtypes=(code.acts.dtype, W_dec.dtype))
     if impl is Impl.REFERENCE:
         from fastsae_kernels.decode.reference import sparse_decode

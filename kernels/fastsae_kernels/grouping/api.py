@@ -1,6 +1,6 @@
 import torch
 
-from fastsae_kernels._checks import check_code, check_indices
+from fastsae_kernels._checks import check_code
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode, flattened
 
@@ -24,12 +24,12 @@ def group_by_latent(
         `offsets` [F + 1], all int32.
 
     Raises:
-        ValueError: shapes differ, or `indices` holds a latent outside [0, F) (on a GPU that is only
-            looked at inside `index_checks`).
-        TypeError: `indices` is not int32 or int64.
+        ValueError: shapes or devices differ, `indices` holds a latent outside [0, F), or
+            `row_offsets` does not ascend from 0 to the number of entries (on a GPU these two are
+            only looked at inside `index_checks`).
+        TypeError: `acts` is not floating, or `indices` or `row_offsets` not int32 or int64.
     """
-    check_code(code.acts, code.indices)
-    check_indices(code.indices, d_sae)
+    check_code(code, d_sae)
     if resolve_impl(impl, code.acts.device) is Impl.REFERENCE:
         from fastsae_kernels.grouping.reference import group_by_latent as run
     else:

@@ -6,7 +6,6 @@ from fastsae_kernels._checks import (
     check_code,
     check_decoder,
     check_float,
-    check_indices,
     check_same_device,
     check_shape,
 )
@@ -69,8 +68,7 @@ def mse_l1_loss(
     """
     check_decoder(W_dec, b_dec)
     check_float("x", x)
-    check_code(code.acts, code.indices)
-    check_indices(code.indices, W_dec.shape[0])
+    check_code(code, W_dec.shape[0])
     ragged = isinstance(code, RaggedCode)
     lead = (len(code.row_offsets) - 1,) if ragged else tuple(code.acts.shape[:-1])
     letters = "[B, D]" if ragged else "[..., D]"
@@ -78,16 +76,17 @@ def mse_l1_loss(
         letters = letters.replace("D", "T, D")
     check_shape("x", x, f"{letters} with code's leading shape", (*lead, *W_dec.shape[1:]))
     if l1_weight is not None:
+        check_float("l1_weight", l1_weight)
         check_shape("l1_weight", l1_weight, "[F]", (W_dec.shape[0],))
     if row_weight is not None:
+        check_float("row_weight", row_weight)
         check_shape("row_weight", row_weight, "x's leading shape", lead)
     if W_compute is not None:
+        check_float("W_compute", W_compute)
         check_shape("W_compute", W_compute, "W_dec's", tuple(W_dec.shape))
     check_same_device(
         x=x,
         acts=code.acts,
-        indices=code.indices,
-        row_offsets=code.row_offsets if ragged else None,
         W_dec=W_dec,
         b_dec=b_dec,
         l1_weight=l1_weight,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastsae_kernels._checks import check_same_device
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels._row_grads import PairGrad, RowGrad
 from fastsae_kernels.optimizer.update import RowState, Rule, store
@@ -51,7 +52,7 @@ def row_adam(
         impl: `auto`, `triton`, `eager` or `reference`.
 
     Raises:
-        ValueError: shapes or memory orders differ, or `step` is under 1.
+        ValueError: shapes, memory orders or devices differ, or `step` is under 1.
         TypeError: a moment or the copy has another dtype than allowed.
     """
     state = RowState(weight, exp_avg, exp_avg_sq, copy)
@@ -175,11 +176,20 @@ def _check(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
         raise ValueError(f"step must be at least 1, got {rule.step}")
     if rule.grad_scale is not None and rule.grad_scale.numel() != 1:
         raise ValueError(f"grad_scale must be 0-dim, got {list(rule.grad_scale.shape)}")
+    check_same_device(**state._asdict(), grad_scale=rule.grad_scale)
     _check_grads(weight, grads)
+
+
+def _tensors_of(grad: RowGrad) -> dict[str, Tensor]:
+    if isinstance(grad, PairGrad):
+        return {**grad.groups._asdict(), "coef": grad.coef, "operand": grad.operand}
+    return vars(grad)
 
 
 def _check_grads(weight: Tensor, grads: Sequence[RowGrad]) -> None:
     for i, grad in enumerate(grads):
+        parts = {f"grads[{i}].{name}": tensor for name, tensor in _tensors_of(grad).items()}
+        check_same_device(weight=weight, **parts)
         if isinstance(grad, PairGrad):
             got = [grad.groups.offsets.numel() - 1, grad.operand.shape[1]]
         else:

@@ -2,7 +2,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastsae_kernels._checks import check_encoder, check_float, check_same_device, check_shape
+from fastsae_kernels._checks import (
+    check_encoder,
+    check_float,
+    check_same_device,
+    check_shape,
+    dtypes_of,
+)
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import RaggedCode
 
@@ -57,7 +63,8 @@ def threshold_encode(
         x: [B, D] rows.
         W_enc, b_enc, b_pre, scale, W_compute: as in `topk_encode`.
         threshold: >= 0, one number (a float or 0-dim) or [F]: the largest value that is left out.
-            A constant here, and as a tensor not checked; `jumprelu_encode` trains it.
+            A constant here, compared in the dtype of the acts, and as a tensor not checked;
+            `jumprelu_encode` trains it.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself).
 
     Returns:
@@ -76,7 +83,8 @@ def threshold_encode(
         check_same_device(x=x, threshold=threshold)
     elif not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
-    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    dtypes = dtypes_of(x, W_enc, b_enc, b_pre, scale, W_compute)
+    impl = resolve_impl(impl, x.device, dtypes=dtypes)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.threshold.reference import threshold_encode as reference
 
@@ -112,7 +120,7 @@ def jumprelu_encode(
     Args:
         x: [B, D] rows.
         W_enc, b_enc, b_pre, W_compute: as in `topk_encode`.
-        threshold: [F] >= 0, which is not checked.
+        threshold: [F] >= 0, which is not checked; compared in the dtype of the acts.
         bandwidth: width of the band, above 0.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself).
 
@@ -132,7 +140,8 @@ def jumprelu_encode(
     check_same_device(x=x, threshold=threshold)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
-    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    dtypes = dtypes_of(x, W_enc, b_enc, b_pre, W_compute)
+    impl = resolve_impl(impl, x.device, dtypes=dtypes)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.threshold.reference import jumprelu_encode as reference
 
@@ -178,6 +187,7 @@ def relu_l1_loss(
     check_encoder(x, W_enc, b_enc, b_pre)
     check_float("W_dec", W_dec)
     check_shape("W_dec", W_dec, "[F, D]", (W_enc.shape[1], x.shape[-1]))
+    check_float("b_dec", b_dec)
     check_shape("b_dec", b_dec, "[D]", (W_dec.shape[1],))
     check_same_device(x=x, W_dec=W_dec, b_dec=b_dec)
     if not lp_norm > 0:

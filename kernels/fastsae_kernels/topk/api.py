@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from fastsae_kernels._checks import check_encoder
+from fastsae_kernels._checks import check_encoder, dtypes_of
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import SparseCode
 from fastsae_kernels.shards import Shards, check_shards
@@ -50,9 +50,12 @@ def topk_encode(
     """
     check_encoder(x, W_enc, b_enc, b_pre, scale, W_compute)
     d_sae = W_enc.shape[1]
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {k!r}")
     if shards is None and not 1 <= k <= d_sae:
         raise ValueError(f"k must be in [1, F] with F = {d_sae}, got {k}")
-    impl = resolve_impl(impl, x.device, dtypes=(x.dtype, W_enc.dtype))
+    dtypes = dtypes_of(x, W_enc, b_enc, b_pre, scale, W_compute)
+    impl = resolve_impl(impl, x.device, dtypes=dtypes)
     check_shards(shards, impl)
     if impl is Impl.REFERENCE:
         from fastsae_kernels.topk.reference import topk_encode as reference
