@@ -27,7 +27,7 @@ def sae_fields(variant: str) -> dict[str, Any]:
 
 
 def directions(architecture: str) -> Directions:
-    """Near rows where it was measured: at equal tokens FVU falls by 3 % and more of a known
+    """Near rows where it was measured: at equal tokens FVU falls by 5 % and more of a known
     dictionary is recovered (docs/benchmarks.md)."""
     near_rows = architecture in ("topk", "batchtopk", "matryoshka_batchtopk")
     return "whitened_rows" if near_rows else "random"
