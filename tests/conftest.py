@@ -51,7 +51,8 @@ def mount(tmp_path):
 
     yield of
     if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: a file may still be mapped.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture
