@@ -8,6 +8,7 @@ pass over the dictionary, the gathers, and a constant; a to d are at least 0.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,16 +30,16 @@ DENSE_LIMIT = 65_536
 Row = dict[str, Any]
 
 
-def curves(axes: list[str], providers: list[str], repeats: int) -> list[Row]:
-    """All providers against F, the first alone against the others; no case is measured twice."""
+def curves(providers: Mapping[str, list[str]], repeats: int) -> list[Row]:
+    """Of the providers of each axis, ours first; no case is measured twice for the same ones."""
     found: list[Row] = []
     measured: dict[Case, list[Row]] = {}
-    for axis in sorted(axes, key=lambda axis: axis != "F"):
+    for axis, names in providers.items():
         for value in AXES[axis]:
             case = replace(MIDDLE, **{axis: value})
-            if case not in measured:
-                all_of_them = axis == "F" and value < DENSE_LIMIT
-                measured[case] = times(case, providers if all_of_them else providers[:1], repeats)
+            mine = names[:1] if case.F >= DENSE_LIMIT else names
+            if not set(mine) <= {row["provider"] for row in measured.get(case, [])}:
+                measured[case] = times(case, mine, repeats)
             name = {"bench": "scaling", "case": f"scaling-{axis}-{value}"}
             for row in measured[case]:
                 found.append({**row, **name, "axis": axis, "value": value})
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
-    found = curves(args.axes, args.providers, args.repeats)
+    found = curves({axis: args.providers for axis in args.axes}, args.repeats)
     ours = [row for row in found if row["provider"] == "fastsae"]
     a, b, c, d = fit(ours)
     print(f"fastsae: {a:.3g} ms a billion B D F, {b:.3g} ms a million F D, {c:.3g} ms a million")

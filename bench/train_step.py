@@ -131,7 +131,7 @@ def pooled(draws: int, *arguments: Any, **options: Any) -> list[Row]:
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
             for row in fresh.submit(times, *arguments, **options).result():
                 by_provider.setdefault(row["provider"], []).append(row)
-    return [mean_of(rows) for rows in by_provider.values()]
+    return [{**mean_of(rows), "processes": draws} for rows in by_provider.values()]
 
 
 def mean_of(rows: list[Row]) -> Row:

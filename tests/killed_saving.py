@@ -17,27 +17,13 @@ from pathlib import Path
 import torch
 
 from fastsae.training import loop
-from fastsae.training.language_model_run import train_on_language_model
-from fastsae.training.run_config import LanguageModelRun
+from killed_training import train as train_from_shards
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir")
 """Functions of `os` that make what was written last, take its place, or go."""
 
 
-def train(activations: Path, out: Path, *, resume: bool = False) -> None:
-    run = LanguageModelRun(
-        out=out,
-        activations=activations,
-        hook="blocks.1.hook_mlp_out",
-        tokens=64 * 12,
-        batch_size=64,
-        sae={"d_sae": 64, "k": 4},
-        checkpoints=4,
-        keep=1,
-        resume=resume,
-        device="cpu",
-    )
-    train_on_language_model(run)
+train = partial(train_from_shards, steps=12, checkpoints=4, keep=1)
 
 
 def before_changes(act: Callable[[], object], saves: range) -> None:
@@ -91,7 +77,7 @@ def main(activations: Path, out: Path, every: int) -> None:
     for n in range(1, n_changes + 2, every):
         status = in_a_child(lambda n=n: killed(activations, out / str(n), n))
         assert os.WIFSIGNALED(status), n
-        status = in_a_child(lambda n=n: train(activations, out / str(n), resume=True))
+        status = in_a_child(lambda n=n: train(activations, out / str(n)))
         assert status == 0, n
 
 

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from encodes import Largest, encoder, fp32, from_sae_lens, mixed, parts_of
 from fastsae_kernels import Impl, batch_topk_encode, collect_row_grads, mse_l1_loss, workspace
 from fastsae_kernels.batch_topk import eager
 from parity import (
@@ -16,7 +17,6 @@ from parity import (
     relative_error,
     weights,
 )
-from test_threshold import Largest, encoder, fp32, from_sae_lens, mixed, parts_of
 
 EAGER = Impl.EAGER.value
 

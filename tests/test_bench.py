@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: parity gates, memory, rows, and what the tables say."""
+"""The benchmarks' own machinery: parity gates, memory, whole jobs, rows."""
 
 import importlib
 import json
@@ -18,7 +18,6 @@ from bench import (
     ops,
     pipeline,
     record,
-    report,
     roofline,
     scaling,
     train_step,
@@ -27,10 +26,7 @@ from bench.cases import SAMPLE, Case, Start, find_case, real_rows, rows
 from bench.clock import Clock, fvu_at, seconds_to
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
-from bench.report import plots
-from bench.report.gpu import gpu_lines
-from bench.report.page import ops_lines, pipeline_lines
-from bench.report.rows import committed
+from bench.report.page import case_title, ops_lines, pipeline_lines
 from bench.rivals import OPS, Inputs
 from fastsae.data import harvest_all, resolve_hook
 from tiny_models import tiny_llama
@@ -135,6 +131,7 @@ def test_steps_are_pooled_over_fresh_processes():
     found = train_step.pooled(2, TINY, ["fastsae", "plain-pytorch"], 1)
     assert [row["provider"] for row in found][:2] == ["fastsae", "plain-pytorch"]
     assert found[0]["over_fastsae"] == 1 and found[1]["ms_p50"] > 0
+    assert case_title(found[0]).endswith("; means over 2 processes")
 
 
 def test_figures_of_several_processes_are_means():
@@ -150,10 +147,11 @@ def test_no_case_is_measured_twice(monkeypatch, capsys):
 
     measured = []
     monkeypatch.setattr(scaling, "times", once)
-    found = scaling.curves(["K", "F", "B"], ["fastsae", "sae-lens"], 1)
+    both = ["fastsae", "sae-lens"]
+    found = scaling.curves({"F": both, "K": both, "B": both[:1]}, 1)
     cases = [case for case, _ in measured]
     assert len(set(cases)) == len(cases) == 4 + 2 + 2
-    assert [len(providers) for _, providers in measured] == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert [len(providers) for _, providers in measured] == [2, 2, 1, 1, 2, 2, 1, 1]
     middles = [row for row in found if row["value"] == getattr(scaling.MIDDLE, row["axis"])]
     assert {row["axis"] for row in middles} == {"F", "K", "B"}
 
@@ -196,77 +194,6 @@ def test_the_fitted_model_is_found_again():
     for row in made:
         row["ms_p50"] = scaling.predicted(row, known)
     assert scaling.fit(made) == pytest.approx(known, abs=1e-6)
-
-
-def made_rows():
-    here = {"device": "a CPU", "threads": 2, "torch": "2", "date": "2026-01-01T00:00:00Z"}
-    limits = {"gemm_gflops": 100.0, "copy_gbps": 10.0}
-    shape = {"B": 8, "D": 4, "F": 64, "K": 2}
-    step = {"bench": "train_step", "case": "c", **shape, "dead": 0.0, "usage": "uniform"}
-    step |= {**limits, "ms_p50": 2.0, "over_gemm": 1.1, "over_fastsae": 1.0, "peak_mib": 3, **here}
-    point = step | {"bench": "scaling", "axis": "F"}
-    op = {"bench": "ops", "case": "c", "op": "row_adam", "ms_p50": 1.0, "over_ours": 1.0}
-    op |= {"roofline": 0.9, **limits, **here}
-    job = {"bench": "end_to_end", "case": "c", "F": 64, "K": 2, "provider": "fastsae", "tokens": 9}
-    return [
-        step | {"provider": "fastsae"},
-        step | {"provider": "sae-lens", "over_fastsae": 6.5},
-        step | {"provider": "absent", "failed": "not installed: pip install it"},
-        *(point | {"provider": "fastsae", "value": f, "F": f, "ms_p50": f / 32} for f in (64, 128)),
-        op | {"provider": "eager"},
-        op | {"provider": "rival", "roofline": 0.5},
-        job | {"seconds": 2.0, "tokens_per_second": 4.5, "fvu": 0.25, **here},
-    ]
-
-
-def test_the_report_has_a_table_and_a_picture_of_every_level(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, made_rows())))
-    text = report.write(tmp_path, [file]).read_text()
-    assert "| sae-lens | 2.0 | 1.1 | 6.5 | 3 |" in text
-    assert "Not timed: absent, not installed: pip install it." in text
-    assert "## The whole job" in text and "| fastsae | 9 | 2.0 | 4.5 | 0.25 |" in text
-    for name in ("steps", "scaling", "memory", "roofline"):
-        assert f"images/bench-{name}.png" in text
-        for kind in ("png", "svg"):
-            assert (tmp_path / "images" / f"bench-{name}.{kind}").stat().st_size > 1000
-
-
-def test_the_page_shows_the_newest_figures_of_a_gpu():
-    here = {"device": "a GPU", "threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
-    here["date"] = "2026-01-01T00:00:00Z"
-    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", **here, "over_floor": 1.25}
-    failed = {"bench": "gpu_check", "check": "two", "passed": False, **here}
-    text = "\n".join(gpu_lines([{**step, "ms": 9.0}, failed, {**step, "ms": 3.14159}]))
-    assert "| c | fastsae | 3.142 | 1.25 |" in text and "9.0" not in text
-    assert "0 of 1 checks passed" in text and "Failed: two." in text
-    assert gpu_lines([]) == []
-
-
-def test_each_gpu_has_tables_of_its_own():
-    shared = {"threads": 1, "torch": "2", "sae-lens": None, "eai-sparsify": None}
-    step = {"bench": "gpu_step", "case": "c", "provider": "fastsae", "over_floor": 1.25, **shared}
-    old = {**step, "device": "old", "date": "2026-01-01T00:00:00Z", "ms": 7.0}
-    new = {**step, "device": "new", "date": "2026-01-02T00:00:00Z", "ms": 5.0}
-    text = "\n".join(gpu_lines([new, old]))
-    first, second = text.split("### new")[1].split("### old")
-    assert "| 5.0 |" in first and "| 7.0 |" not in first
-    assert "| 7.0 |" in second and "| 5.0 |" not in second
-
-
-def test_committed_pictures_were_drawn_from_the_committed_rows(tmp_path):
-    drawn = plots.draw(tmp_path, committed("cpu"), committed("gpu"))
-    for name in drawn:
-        file = f"{plots.PREFIX}{name}.png"
-        made, kept = (_description(folder / file) for folder in (tmp_path, report.IMAGES))
-        assert made == kept, f"{file} is older than the rows: python -m bench report"
-
-
-def _description(path):
-    """The digest that a picture carries."""
-    found = re.search(rb"Description\x00([0-9a-f]{16})", path.read_bytes())
-    assert found is not None
-    return found.group(1)
 
 
 def test_the_command_is_quick_and_keeps_its_rows(tmp_path, monkeypatch, capsys):

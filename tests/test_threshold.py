@@ -1,12 +1,7 @@
-import ast
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from encodes import Largest, encoder, fp32, from_sae_lens, mixed, parts_of
 from fastsae_kernels import (
     Impl,
     collect_row_grads,
@@ -30,46 +25,10 @@ from parity import (
     weights,
 )
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 BANDWIDTH = 0.5
 EAGER = Impl.EAGER.value
-ids = lambda d: str(d).removeprefix("torch.")
 
 pytestmark = pytest.mark.usefixtures("made_where_kernels_run")
-
-
-def from_sae_lens(path: str, *names: str) -> dict[str, Any]:
-    """Definitions of an installed SAELens, run by themselves: importing all of it takes long."""
-    found = importlib.util.find_spec("sae_lens")
-    if found is None or found.origin is None:
-        pytest.skip("the `peers` extra is absent")
-    tree = ast.parse((Path(found.origin).parent / path).read_text())
-    tree.body = [n for n in tree.body if getattr(n, "name", None) in names]
-    namespace: dict[str, Any] = {"torch": torch, "nn": torch.nn, "Any": Any}
-    exec(compile(tree, path, "exec"), namespace)
-    return namespace
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator makes."""
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            self.n = max(self.n, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return out
-
-
-def mixed(values):
-    """A sum whose gradient tells the entries apart."""
-    mix = torch.linspace(0.5, 1.5, values.numel(), dtype=torch.float64, device=values.device)
-    return (values * mix.view_as(values)).sum()
-
-
-def fp32(shape):
-    return {k: v.float() for k, v in weights(shape).items()}
 
 
 @pytest.fixture
@@ -79,53 +38,6 @@ def always_sparse(monkeypatch):
         from fastsae_kernels.threshold import kernel
 
         monkeypatch.setattr(kernel, "DENSE_ABOVE", 1.0)
-
-
-def encoder(inputs, *more) -> Any:
-    return [inputs[k] for k in ("x", "W_enc", "b_enc", *more)]
-
-
-def parts_of(code):
-    return {"row_offsets": code.row_offsets, "indices": code.indices, "code_acts": code.acts}
-
-
-@pytest.mark.parametrize("lp_norm", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_and_gradients_match_reference(shape, dtype, lp_norm):
-    def losses(i, impl):
-        arguments = (i["x"].detach(), i["W_enc"], i["b_enc"], i["W_dec"], i["b_dec"])
-        extra = {"lp_norm": lp_norm, "b_pre": i["b_dec"], "impl": impl}
-        mse_only = relu_l1_loss(*arguments, l1_coefficient=0.0, **extra)
-        both = relu_l1_loss(*arguments, l1_coefficient=0.5, **extra)
-        return {
-            "mse": mse_only.total,
-            "both": both.total,
-            "l1": both.l1,
-            "err": both.err,
-            "counts": both.counts,
-        }
-
-    check_parity(losses, weights(shape), all_in(dtype))
-
-
-def test_chunks_of_rows_change_nothing_but_rounding():
-    arguments = encoder(fp32(Shape(400, 16, 900, 1)), "W_dec", "b_dec")
-    whole = relu_l1_loss(*arguments, l1_coefficient=0.1)
-    with workspace(1 << 20):
-        parts = relu_l1_loss(*arguments, l1_coefficient=0.1)
-    assert torch.allclose(whole.total, parts.total, rtol=1e-5)
-    assert torch.equal(whole.counts, parts.counts)
-
-
-def test_loss_without_a_gradient_is_the_same():
-    arguments = encoder(fp32(SHAPES[0]), "W_dec", "b_dec")
-    arguments[1].requires_grad_()
-    learning = relu_l1_loss(*arguments, l1_coefficient=0.1)
-    with torch.no_grad():
-        constant = relu_l1_loss(*arguments, l1_coefficient=0.1)
-    assert learning.total.requires_grad and not constant.total.requires_grad
-    assert torch.equal(learning.total, constant.total)
 
 
 @pytest.mark.parametrize("kind", ["relu", "one", "per_latent", "scaled"])

@@ -21,7 +21,7 @@ import fastsae.data.shards as shards_module
 import fastsae.training.language_model_run as language_model_run
 import fastsae.training.row_sources as row_sources
 from fastsae.cli import main
-from fastsae.data.harvest_run import HELD_OUT, HarvestRun, harvest_to_disk
+from fastsae.data.harvest_run import HELD_OUT, harvest_to_disk
 from fastsae.data.sharded_rows import ShardedRows
 from fastsae.data.shards import ActivationShards
 from fastsae.data.smollm2 import file_sha256
@@ -30,10 +30,9 @@ from fastsae.training.config import LogConfig
 from fastsae.training.language_model_run import train_side_by_side
 from fastsae.training.log import read_log
 from fastsae.training.run_config import LanguageModelRun
+from harvests import HOOKS, small_harvest
 from tiny_models import save_stories, save_tiny_llama
 from training_runs import timeless
-
-HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +44,14 @@ def model(tmp_path_factory):
 def harvest(tmp_path_factory, model):
     """Some 18,000 rows in 3 shards, which all but the first three positions are in."""
     folder = tmp_path_factory.mktemp("shards")
-    run = HarvestRun(
-        out=folder / "rows",
-        model=model,
-        dataset=save_stories(folder, 600),
-        hooks=HOOKS,
-        context_size=32,
-        tokens=20_000,
-        eval_tokens=1000,
+    run = small_harvest(
+        folder / "rows",
+        model,
+        save_stories(folder, 600),
         dtype="bfloat16",
         drop_special=False,
         skip_first=3,
         massive_multiple=None,
-        shard_mib=1,
-        batch_contexts=16,
-        device="cpu",
     )
     harvest_to_disk(run)
     return run
