@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fastsae.analysis.plots import density_of_run, plot_run
 from fastsae.analysis.top_tokens import interesting_latents, top_tokens
-from fastsae.data import harvest, load_language_model, load_text, resolve_hook, tokenize
+from fastsae.data import load_language_model, load_text, resolve_hook, tokenize
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.model_rows import RowRules
 from fastsae.data.text import split_documents
@@ -21,7 +21,7 @@ from fastsae.device import resolve_device
 from fastsae.distributed.mesh import is_one_of_several, leave_processes
 from fastsae.distributed.plan import Plan, plan_report
 from fastsae.evaluation.diagnosis import Verdict, verdict_table
-from fastsae.evaluation.evaluate import comparison_table, evaluate_several, report_table
+from fastsae.evaluation.evaluate import comparison_table, evaluate_on_text, report_table
 from fastsae.extras import require
 from fastsae.files import write_json
 from fastsae.interop.convert import Convert, convert
@@ -139,7 +139,8 @@ def evaluate_saved(args: Eval) -> None:
     special = metadata.get("drop_special", True) if args.drop_special is None else args.drop_special
     multiple = args.massive_multiple or metadata.get("massive_multiple", 10.0) or math.inf
     with ProgressBar() as bar:
-        activations = harvest(
+        reports = evaluate_on_text(
+            saes,
             lm,
             hook,
             tokens,
@@ -147,10 +148,7 @@ def evaluate_saved(args: Eval) -> None:
             skip_first=metadata.get("skip_first", RowRules.skip_first),
             massive_multiple=multiple,
             nonfinite=metadata.get("nonfinite", RowRules.nonfinite),
-            progress=lambda done, total: bar("harvest", done, total, {}),
-        )
-        reports = evaluate_several(
-            saes, lm, hook, activations, progress=lambda a, b: bar("evaluate", a, b, {})
+            progress=lambda done, total: bar("evaluate", done, total, {}),
         )
     for name, report in reports.items():
         if len(reports) > 1:

@@ -1,5 +1,6 @@
 """What a run says of itself: its memory before, its figures against targets after."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from fastsae import SAES, MatchingPursuitConfig, StandardConfig, Trainer
 from fastsae.data import harvest, resid_hook_name, resolve_hook
 from fastsae.evaluation.diagnosis import diagnose, verdict_table
-from fastsae.evaluation.evaluate import comparison_table, evaluate, evaluate_several, report_table
+from fastsae.evaluation.evaluate import (
+    comparison_table,
+    evaluate,
+    evaluate_on_text,
+    evaluate_several,
+    report_table,
+)
 from fastsae.training.memory import MemoryPlan, OutOfMemory, explained
 from fastsae.training.optimizer import DICTIONARY
 from tiny_models import tiny_llama
@@ -185,6 +192,40 @@ def test_several_saes_are_evaluated_as_each_alone():
     assert untouched.split()[-2:] == ["0.0833", "0.0000"]  # the first of 12 positions
     with pytest.raises(ValueError, match="saes must hold at least one SAE, got none"):
         evaluate_several({}, lm, hook, held_out)
+
+
+def test_text_in_parts_gives_the_figures_of_the_whole():
+    lm = tiny_llama(initializer_range=0.5)
+    hook = resolve_hook(lm, resid_hook_name(0))
+    tokens = torch.randint(50, (7, 12), generator=torch.Generator().manual_seed(0))
+    sae = {"": SAES["topk"](topk_config())}
+    whole = evaluate_several(sae, lm, hook, harvest(lm, hook, tokens))[""]
+    assert evaluate_on_text(sae, lm, hook, tokens)[""] == whole
+    done = []
+    tell = lambda a, b: done.append((a, b))
+    median = harvest(lm, hook, tokens[:3]).median_norm
+    parts = evaluate_on_text(sae, lm, hook, tokens, part_tokens=3 * 12, progress=tell)[""]
+    assert done == sorted(done) and done[-1] == (tokens.numel(), tokens.numel()) and len(done) > 6
+    assert parts["left_out"] == {**whole["left_out"], "norm_limit": 10 * median}
+    for name in ("l0", "fvu", "cosine_similarity", "l2_ratio", "dead_fraction", "density_max"):
+        for rows in ("rows", "all_rows"):
+            assert parts[rows][name] == pytest.approx(whole[rows][name], rel=1e-5), (rows, name)
+    for name in ("ce_clean", "ce_spliced", "ce_zero_ablated", "kl_spliced", "ce_loss_score"):
+        for rows in ("trained_rows", "every_position"):
+            got, wanted = (one["cross_entropy"][rows][name] for one in (parts, whole))
+            assert got == pytest.approx(wanted, rel=1e-5), (rows, name)
+
+
+def test_nan_in_a_later_part_is_named_by_its_context():
+    lm = tiny_llama()
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[7] = math.nan
+    tokens = torch.full((5, 12), 3)
+    tokens[4, 6] = 7  # attention spreads it over the context
+    hook = resolve_hook(lm, resid_hook_name(0))
+    sae = {"": SAES["topk"](topk_config())}
+    with pytest.raises(ValueError, match="NaN or inf in context 4 at position 0"):
+        evaluate_on_text(sae, lm, hook, tokens, part_tokens=24)
 
 
 def test_the_step_of_a_plan_shrinks_with_its_parts():

@@ -1,5 +1,6 @@
 """`run_evals` gives SAELens's figures on SAELens's own model and store."""
 
+import math
 import warnings
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 import fastsae
+from fastsae.data import load_language_model, resolve_hook
+from fastsae.evaluation.evaluate import evaluate_on_text
 from fastsae.sae_lens import ActivationsStore, get_eval_everything_config, run_evals
 from fastsae.sae_lens.evals import EvalConfig
-from tiny_models import tiny_llama
+from tiny_models import save_tiny_llama, tiny_llama
 
 HOOK = "blocks.1.hook_resid_post"
 D, F, L, N = 16, 48, 12, 4
@@ -136,6 +139,63 @@ def test_heads_are_sae_lenss(head, hooked_transformer, tmp_path):
     found, _ = run_evals(sae, ours, eval_config=config, exclude_special_tokens=False)
     for group, values in wanted.items():  # a score of a small effect: rounding of the losses counts
         assert found[group] == pytest.approx(values, rel=1e-3), group
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluate_agrees_with_sae_lens_on_the_same_batch(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.evals import get_eval_everything_config as everything
+    from sae_lens.evals import run_evals as their_run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder = str(save_tiny_llama(tmp_path / "model", initializer_range=0.5))
+    lm, bridged = (load_language_model(folder) for _ in "ab")  # a bridge takes its model apart
+    bridge = TransformerBridge.boot_transformers(
+        folder, hf_model=bridged.model, tokenizer=bridged.tokenizer
+    )
+    where = "blocks.0.hook_resid_post"
+    sae = make("topk", k=5)
+    sae.cfg.metadata.update(hook_name=where, model_name=folder)
+    sae.save_model(tmp_path / "sae")
+    _, store = stores(bridge, hook_name=where)
+    batches: list[torch.Tensor] = []
+    get_batch = store.get_batch_tokens
+    store.get_batch_tokens = lambda n: batches.append(get_batch(n)) or batches[-1]
+    wanted, wanted_per_latent = their_run_evals(
+        sae_lens.SAE.load_from_disk(tmp_path / "sae"),
+        store,
+        bridge,
+        ActivationScaler(),
+        everything(N, 1, 1),
+        exclude_special_tokens=False,
+    )
+    everything_kept = {"skip_first": 0, "drop_special": False, "massive_multiple": math.inf}
+    hook = resolve_hook(lm, where)
+    # Theirs draws one batch for the losses and another for the rows.
+    of_loss, of_rows = (
+        evaluate_on_text({"": sae}, lm, hook, tokens, **everything_kept)[""] for tokens in batches
+    )
+    rows, loss = of_rows["rows"], of_loss["cross_entropy"]["trained_rows"]
+    quality, kept = wanted["reconstruction_quality"], wanted["model_performance_preservation"]
+    for ours, theirs in (
+        (rows["l0"], wanted["sparsity"]["l0"]),
+        (rows["ev_saelens"], quality["explained_variance"]),
+        (rows["ev_saelens_legacy"], quality["explained_variance_legacy"]),
+        (rows["mse"], quality["mse"]),
+        (rows["cosine_similarity"], quality["cossim"]),
+        (rows["l2_ratio"], wanted["shrinkage"]["l2_ratio"]),
+        (
+            rows["relative_reconstruction_bias"],
+            wanted["shrinkage"]["relative_reconstruction_bias"],
+        ),
+        (rows["density_max"], max(wanted_per_latent["feature_density"])),
+        (loss["ce_clean"], kept["ce_loss_without_sae"]),
+        (loss["ce_spliced"], kept["ce_loss_with_sae"]),
+        (loss["ce_zero_ablated"], kept["ce_loss_with_ablation"]),
+        (loss["ce_loss_score"], kept["ce_loss_score"]),
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def tiny_store():

@@ -162,6 +162,22 @@ def test_nan_in_a_reconstruction_is_not_hidden(lm: LanguageModel, hook, row_filt
     assert math.isnan(result.ce_spliced)
 
 
+def test_what_the_model_itself_predicts_by_nan_counts_nowhere(hook, row_filter: RowFilter):
+    lm = tiny_llama(initializer_range=0.5)
+    bad = 7
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[bad] = math.nan
+    tokens = TOKENS.masked_fill(bad == TOKENS, 8)
+    tokens[2, 5] = bad  # attention spreads it over the context
+    options = {"row_filter": row_filter, "kl": True}
+    found = loss_recovered(lm, hook, tokens, shrink, **options)
+    others = loss_recovered(lm, hook, tokens[[0, 1, 3, 4]], shrink, **options)
+    assert found.n_predicted == others.n_predicted == 4 * 11
+    assert found.trained_rows == others.trained_rows
+    assert found.every_position == others.every_position
+    assert math.isfinite(found.ce_loss_score)
+
+
 def test_reconstruction_of_another_shape_is_refused(lm: LanguageModel, hook, row_filter: RowFilter):
     with pytest.raises(ValueError, match=r"^reconstruct must return the shape \[N, D\] .* got"):
         loss_recovered(lm, hook, TOKENS, lambda x: x[:, 1:], row_filter=row_filter)

@@ -98,6 +98,8 @@ def harvest_all(
     nonfinite: NonFinite = "stop",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    median_norms: Sequence[float] | None = None,
+    first_context: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Activations]:
     """The same at several hooks, of one pass that ends at the last of them.
@@ -115,6 +117,8 @@ def harvest_all(
             those kept is above the dtype's largest number (65,504 in float16), all of them are
             kept in float32 instead, and a warning is logged.
         device: of the rows; None keeps the model's own.
+        median_norms: of each hook, of an earlier part of the text; None: found in this one.
+        first_context: contexts before these, which a message counts too.
         progress: called with the number of tokens done and the number of tokens in all.
 
     Raises:
@@ -126,11 +130,12 @@ def harvest_all(
     step = batch_contexts or default_batch_contexts(lm.device, length)
     special = lm.special_ids if drop_special else ()
     rules = RowRules(skip_first, special, massive_multiple, nonfinite)
-    passes = ModelRows(lm, hooks, rules, device=device or lm.device)
+    passes = ModelRows(lm, hooks, rules, device=device or lm.device, median_norms=median_norms)
     gathered = [_Gathered(lm, hook, tokens, skip_first, dtype, device) for hook in hooks]
     n_contexts = 0
     try:
-        for parts in passes.each(TokenBatch(some, BEGINNING) for some in tokens.cpu().split(step)):
+        batches = (TokenBatch(some, BEGINNING) for some in tokens.cpu().split(step))
+        for parts in passes.each(batches, first_context):
             for one, part in zip(gathered, parts, strict=True):
                 one.add(part, n_contexts)
             n_contexts += len(parts[0].tokens)

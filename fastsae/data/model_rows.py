@@ -159,9 +159,11 @@ class ModelRows:
             contexts, rows = contexts + len(kept.tokens), rows + len(kept.context)
             yield kept
 
-    def each(self, batches: Iterable[TokenBatch]) -> Iterator[list[KeptRows]]:
+    def each(
+        self, batches: Iterable[TokenBatch], first_context: int = 0
+    ) -> Iterator[list[KeptRows]]:
         """The same passes; what is kept at a hook does not depend on the other hooks."""
-        contexts, rows = 0, [0] * len(self.hooks)
+        contexts, rows = first_context, [0] * len(self.hooks)
         for landing in self._calibrated(self._landings(batches)):
             limits = self.norm_limits
             found = [

@@ -3,6 +3,7 @@
 from fastsae.evaluation.loss_recovered import (
     LossRecovered,
     SpliceLoss,
+    SpliceLosses,
     loss_recovered,
     losses_recovered,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "LossRecovered",
     "ReconstructionMetrics",
     "SpliceLoss",
+    "SpliceLosses",
     "loss_recovered",
     "losses_recovered",
 ]

@@ -7,15 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsae.data import Activations, HookPoint, LanguageModel
+from fastsae.data import Activations, HookPoint, LanguageModel, harvest
 from fastsae.data.batches import CHUNK_ROWS
-from fastsae.evaluation.loss_recovered import LossRecovered, SpliceLoss, losses_recovered
+from fastsae.evaluation.loss_recovered import LossRecovered, SpliceLoss, SpliceLosses
 from fastsae.evaluation.metrics import DEFINITIONS, ReconstructionMetrics
 from fastsae.saes import SAE, TemporalSAE
 from fastsae.saes.centred import mean_of, takes_centred_rows
+
+PART_TOKENS = 65_536
+"""Tokens whose rows an evaluation on text holds at once."""
 
 
 def evaluate(
@@ -40,7 +43,6 @@ def evaluate(
     return evaluate_several({"": sae}, lm, hook, held_out, progress=progress)[""]
 
 
-@torch.no_grad()
 def evaluate_several(
     saes: Mapping[str, SAE],
     lm: LanguageModel,
@@ -54,50 +56,133 @@ def evaluate_several(
     The rows are those of one pass through the model, and the passes with activations clean and
     ablated are run once for all.
     """
-    for name, sae in saes.items():
-        if isinstance(sae, TemporalSAE):
-            raise ValueError(
-                "sae must read each row by itself to be evaluated on rows, "
-                f"got a temporal SAE {name}"
-            )
-    if not saes:
-        raise ValueError("saes must hold at least one SAE, got none")
-    centred = {n for n, sae in saes.items() if takes_centred_rows(sae.cfg.metadata, lm.model)}
-    total = (1 + len(saes)) * len(held_out.rows)
-    tell = progress or (lambda *_: None)
-    metrics = {}
-    for i, (name, sae) in enumerate(saes.items()):
-        metrics[name] = _row_metrics(sae, held_out.rows, held_out.excluded, centred=name in centred)
-        tell((i + 1) * len(held_out.rows), total)
-    spliced = partial(
-        losses_recovered,
-        lm,
-        hook,
-        held_out.tokens,
-        row_filter=held_out.row_filter,
-        kl=True,
-        mean=held_out.rows.mean(0, dtype=torch.float32),
-    )
-    found = spliced({n: _around_means(sae) if n in centred else sae for n, sae in saes.items()})
-    as_they_are = spliced({n: saes[n] for n in centred}, every_position=False) if centred else {}
-    tell(total, total)
-    return {
-        name: {
-            "model": lm.name,
-            "hook": hook.name,
-            "rows": metrics[name]["rows"].result(),
-            "all_rows": metrics[name]["all"].result(),
-            "cross_entropy": _cross_entropy(found[name], as_they_are.get(name)),
-            "left_out": {
-                "first_positions": held_out.n_first,
-                "special_tokens": held_out.n_special,
-                "massive_rows": held_out.n_massive,
-                "norm_limit": held_out.norm_limit,
-            },
-            "definitions": DEFINITIONS,
+    evaluation = Evaluation(saes, lm, hook, held_out)
+    evaluation.add(held_out, progress)
+    return evaluation.reports()
+
+
+def evaluate_on_text(
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    hook: HookPoint,
+    tokens: Int[Tensor, "n L"],
+    *,
+    part_tokens: int = PART_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+    **row_options: Any,
+) -> dict[str, dict[str, Any]]:
+    """`evaluate_several` of any number of contexts, of which the rows of one part are in memory.
+
+    The first part decides the median norm, and the row that the model is mean-ablated with.
+
+    Args:
+        part_tokens: of a part, whole contexts.
+        row_options: which rows are kept, as in `harvest_all`.
+        progress: called with the number of tokens done and the number of tokens in all.
+
+    Raises:
+        ValueError: no tokens; an SAE that reads sequences, or none.
+    """
+    if len(tokens) == 0:
+        raise ValueError("tokens must hold at least one context, got none")
+    evaluation: Evaluation | None = None
+    median: list[float] | None = None
+    length, passes, first = tokens.shape[1], 1 + _passes(saes), 0
+
+    def tell(first: int, before: int, done: int, *_: int) -> None:
+        """Of a part: tokens times passes, those of its harvest and of `Evaluation.add`."""
+        if progress is not None:
+            progress(first * length + (before + done) // passes, tokens.numel())
+
+    for part in tokens.split(max(1, part_tokens // length)):
+        held_out = harvest(
+            *(lm, hook, part),
+            median_norms=median,
+            first_context=first,
+            progress=partial(tell, first, 0),
+            **row_options,
+        )
+        evaluation = evaluation or Evaluation(saes, lm, hook, held_out)
+        evaluation.add(held_out, partial(tell, first, part.numel()))
+        median = [held_out.median_norm]
+        first += len(part)
+    assert evaluation is not None
+    return evaluation.reports()
+
+
+def _passes(saes: Mapping[str, SAE]) -> int:
+    """Over the rows or through the model: each SAE's rows; clean; zeros, means and each SAE
+    spliced, into the rows that are trained on and into all."""
+    return len(saes) + 1 + 2 * (2 + len(saes))
+
+
+class Evaluation:
+    """Figures of several SAEs at one hook, accumulated over parts of the held-out text.
+
+    Args:
+        like: activations whose mean row the model is ablated with and whose rules say which rows
+            are spliced, usually the first part.
+
+    Raises:
+        ValueError: no SAE, or one that reads sequences: rows here have lost theirs.
+    """
+
+    def __init__(
+        self, saes: Mapping[str, SAE], lm: LanguageModel, hook: HookPoint, like: Activations
+    ) -> None:
+        for name, sae in saes.items():
+            if isinstance(sae, TemporalSAE):
+                raise ValueError(
+                    "sae must read each row by itself to be evaluated on rows, "
+                    f"got a temporal SAE {name}"
+                )
+        if not saes:
+            raise ValueError("saes must hold at least one SAE, got none")
+        self.saes, self.lm, self.hook = saes, lm, hook
+        self.norm_limit = like.norm_limit
+        centred = {n for n, sae in saes.items() if takes_centred_rows(sae.cfg.metadata, lm.model)}
+        self._rows = {name: RowMetrics(sae, centred=name in centred) for name, sae in saes.items()}
+        mean = like.rows.mean(0, dtype=torch.float32)
+        spliced = partial(SpliceLosses, lm, hook, row_filter=like.row_filter, kl=True, mean=mean)
+        around = {n: _around_means(sae) if n in centred else sae for n, sae in saes.items()}
+        self._losses = spliced(around)
+        as_they_are = {name: saes[name] for name in centred}
+        self._as_they_are = spliced(as_they_are, every_position=False) if centred else None
+        self._left_out = dict.fromkeys(("first_positions", "special_tokens", "massive_rows"), 0)
+
+    @torch.no_grad()
+    def add(
+        self, held_out: Activations, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        tell = progress or (lambda *_: None)
+        n, passes = held_out.tokens.numel(), _passes(self.saes)
+        for i, metrics in enumerate(self._rows.values()):
+            metrics.add(held_out.rows, held_out.excluded)
+            tell((i + 1) * n, passes * n)
+        of_rows = len(self.saes)
+        spliced = lambda done: tell(of_rows * n + (passes - of_rows) * done, passes * n)
+        self._losses.add(held_out.tokens, spliced)
+        if self._as_they_are is not None:
+            self._as_they_are.add(held_out.tokens)
+        self._left_out["first_positions"] += held_out.n_first
+        self._left_out["special_tokens"] += held_out.n_special
+        self._left_out["massive_rows"] += held_out.n_massive
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """By name, as `evaluate` returns it."""
+        found = self._losses.result()
+        as_they_are = {} if self._as_they_are is None else self._as_they_are.result()
+        return {
+            name: {
+                "model": self.lm.name,
+                "hook": self.hook.name,
+                **metrics.results(),
+                "cross_entropy": _cross_entropy(found[name], as_they_are.get(name)),
+                "left_out": {**self._left_out, "norm_limit": self.norm_limit},
+                "definitions": DEFINITIONS,
+            }
+            for name, metrics in self._rows.items()
         }
-        for name in saes
-    }
 
 
 @torch.no_grad()
@@ -115,30 +200,38 @@ def evaluate_on_rows(
     """
     found: dict[str, dict[str, Any]] = {}
     for i, (name, sae) in enumerate(saes.items()):
-        metrics = _row_metrics(sae, rows, rows[:0], centred=False)["rows"]
+        metrics = RowMetrics(sae, centred=False)
+        metrics.add(rows, rows[:0])
         unknown = dict.fromkeys(("all_rows", "cross_entropy", "left_out"))
-        found[name] = {"rows": metrics.result(), **unknown, "definitions": DEFINITIONS}
+        found[name] = {**metrics.results(), **unknown, "definitions": DEFINITIONS}
         if progress is not None:
             progress((i + 1) * len(rows), len(saes) * len(rows))
     return found
 
 
-def _row_metrics(
-    sae: SAE, rows: Tensor, excluded: Tensor, *, centred: bool
-) -> dict[str, ReconstructionMetrics]:
-    """Of the rows that are trained on, and of all."""
-    metrics = {name: ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae) for name in ("rows", "all")}
-    kept = rows.split(CHUNK_ROWS)
-    # Spread over the batches: a batch of first positions alone has no variance to explain.
-    left_out = excluded.tensor_split(len(kept))
-    for part_kept, others in zip(kept, left_out, strict=True):
-        x = torch.cat([part_kept, others.to(part_kept.dtype)]).to(sae.device, torch.float32)
-        x = x - mean_of(x) if centred else x
-        for name, part in (("rows", x[: len(part_kept)]), ("all", x)):
-            code = sae.encode_sparse(part)
-            x_hat = sae.decode(code).reshape(part.shape)
-            metrics[name].update(part, x_hat, code.indices, code.acts)
-    return metrics
+class RowMetrics:
+    """Figures of an SAE on the rows that are trained on, and on all."""
+
+    def __init__(self, sae: SAE, *, centred: bool) -> None:
+        self.sae, self.centred = sae, centred
+        self.kept = ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae)
+        self.all = ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae)
+
+    def add(self, rows: Tensor, excluded: Tensor) -> None:
+        kept = rows.split(CHUNK_ROWS)
+        # Spread over the batches: a batch of first positions alone has no variance to explain.
+        left_out = excluded.tensor_split(len(kept))
+        for part_kept, others in zip(kept, left_out, strict=True):
+            x = torch.cat([part_kept, others.to(part_kept.dtype)])
+            x = x.to(self.sae.device, torch.float32)
+            x = x - mean_of(x) if self.centred else x
+            for metrics, part in ((self.kept, x[: len(part_kept)]), (self.all, x)):
+                code = self.sae.encode_sparse(part)
+                x_hat = self.sae.decode(code).reshape(part.shape)
+                metrics.update(part, x_hat, code.indices, code.acts)
+
+    def results(self) -> dict[str, Any]:
+        return {"rows": self.kept.result(), "all_rows": self.all.result()}
 
 
 def _around_means(sae: SAE) -> Callable[[Tensor], Tensor]:
