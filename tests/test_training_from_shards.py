@@ -290,6 +290,24 @@ def test_each_process_verifies_its_share(run, monkeypatch):
     assert sorted(looked_at[0] + looked_at[1]) == everything
 
 
+def test_all_wait_for_the_slowest_checksums_and_hear_what_they_say(run, harvest, tmp_path):
+    rows = tmp_path / "rows"
+    shutil.copytree(harvest.out, rows)
+    shard = rows / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [str(here / "slow_checksums.py"), "15", "train", "--activations", str(rows)]
+    command += ["--hook", HOOKS[0], "--d-sae", "64", "--k", "4", "--batch-size", "64"]
+    command += ["--tokens", "640", "--device", "cpu", "--out", str(run.out)]
+    command += ["--timeout-seconds", "10"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "error: shard must have the SHA-256 of the index" in done.stderr, done.stderr[-3000:]
+    assert list(run.out.rglob("*.safetensors")) == []
+
+
 def test_a_harvest_without_held_out_rows_is_refused(run, harvest, tmp_path):
     harvest_to_disk(replace(harvest, out=tmp_path / "rows", eval_tokens=0, tokens=1000))
     with pytest.raises(ValueError, match="activations must hold rows of held-out documents"):

@@ -108,7 +108,12 @@ def train_side_by_side(
         say(plan.table() if plan.fits else f"{plan.table()}\n{plan.advice()}")
     with explained(plan):
         started = time.perf_counter()
-        source.read(places, tell)
+        reading = partial(source.read, places, tell)
+        if world.size > 1 and not mesh.beside:
+            # Nobody trains before all have what they train on, however long one's checksums take.
+            world.patient().each(reading)
+        else:
+            reading()
         timings["harvest"] = time.perf_counter() - started
 
         started = time.perf_counter()
