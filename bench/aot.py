@@ -3,12 +3,13 @@
     python -m bench.aot                              # all configurations, four targets
     python -m bench.aot --default --target sm_90     # what the ops run unless told otherwise
     python -m bench.aot --target sm_90 --markdown
-    python -m bench.aot --target sm_90 --write docs/kernels.md
+    python -m bench.aot --detail sm_90 --write docs/kernels.md
 
 Prints registers and stack of a thread (a stack means spilled registers), local and shared memory,
 machine instructions, how many of them follow the last matrix product, and seconds to compile.
 Of a HIP target it prints what LLVM's assembly states: vector registers, spills, shared memory.
-`--write` replaces what a page has between `<!-- aot:begin -->` and `<!-- aot:end -->`.
+`--write` replaces what a page has between `<!-- aot:begin -->` and `<!-- aot:end -->`: a line a
+target, and a line a kernel of the targets of `--detail`.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastsae_kernels
+from bench.pages import between_markers
 from fastsae_kernels._triton import Spec
 
 TARGETS = {
@@ -41,7 +43,6 @@ TARGETS = {
 }
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Shared memory that one program may have: with more a kernel compiles and does not launch."""
-MARKERS = "<!-- aot:begin -->", "<!-- aot:end -->"
 MATRIX_PRODUCT = re.compile(r"\b(?:HGMMA|HMMA|IMMA|UTC\w*MMA|v_mfma_\w+)\b")
 LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b")
 
@@ -54,6 +55,8 @@ class Compiled:
     target: str
     triton: str
     seconds: float
+    default: bool = False
+    """Whether an op runs it unless told otherwise."""
     registers: int | None = None
     stack: int | None = None
     """Bytes a thread; on HIP the number of spilled vector registers."""
@@ -66,6 +69,9 @@ class Compiled:
 
     def fits(self) -> bool:
         return self.shared is None or self.shared <= SHARED_BYTES[self.target]
+
+    def spills(self) -> bool:
+        return bool(self.stack or self.local)
 
 
 def all_specs() -> Iterator[Spec]:
@@ -120,7 +126,8 @@ def compile_spec(spec: Spec, target: str, disassemble: bool = True) -> Compiled:
     if spec.max_registers is not None and TARGETS[target].backend == "cuda":
         options["maxnreg"] = spec.max_registers
     started = time.perf_counter()
-    found: dict[str, Any] = {"kernel": spec.name, "target": target, "triton": triton.__version__}
+    found: dict[str, Any] = {"kernel": spec.name, "target": target, "default": spec.default}
+    found["triton"] = triton.__version__
     try:
         made = triton.compile(source_of(spec), target=TARGETS[target], options=options)
     except Exception as failure:
@@ -175,11 +182,11 @@ def _output(tool: Path, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def markdown(rows: list[Compiled]) -> str:
-    """A table a target, in the order of `rows`."""
+def markdown(rows: list[Compiled], detail: Iterable[str] = TARGETS) -> str:
+    """A line a target; then a table of each target of `detail`, in the order of `rows`."""
+    lines = [*summary(rows), ""]
     heads = ("kernel", "registers", "stack", "shared", "instructions", "after the last product")
-    lines = []
-    for target in dict.fromkeys(row.target for row in rows):
+    for target in dict.fromkeys(row.target for row in rows if row.target in detail):
         mine = [row for row in rows if row.target == target]
         lines += [f"**{target}**, Triton {mine[0].triton}", ""]
         lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -191,16 +198,28 @@ def markdown(rows: list[Compiled]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def between_markers(page: str, text: str) -> str:
-    """`page` with `text` between the markers.
+def summary(rows: list[Compiled]) -> list[str]:
+    """Numbers of configurations, in brackets of defaults, and the largest figures of a target."""
+    heads = ("target", "configurations", "refused", "too much shared memory", "spill registers")
+    heads += ("most registers", "most shared bytes")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for target in dict.fromkeys(row.target for row in rows):
+        mine = [row for row in rows if row.target == target]
+        counted = [
+            _count(mine),
+            _count(row for row in mine if row.error),
+            _count(row for row in mine if not row.fits()),
+            _count(row for row in mine if row.spills()),
+            str(max(row.registers or 0 for row in mine)),
+            str(max(row.shared or 0 for row in mine)),
+        ]
+        lines.append("| " + " | ".join([target, *counted]) + " |")
+    return lines
 
-    Raises:
-        ValueError: the page has not each marker once.
-    """
-    if any(page.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"page must have {MARKERS[0]} and {MARKERS[1]} once each")
-    before, rest = page.split(MARKERS[0])
-    return before + "\n".join([MARKERS[0], text, MARKERS[1]]) + rest.split(MARKERS[1])[1]
+
+def _count(rows: Iterable[Compiled]) -> str:
+    rows = list(rows)
+    return f"{len(rows)} ({sum(row.default for row in rows)})"
 
 
 def line_of(row: Compiled) -> str:
@@ -236,6 +255,9 @@ def main() -> None:
     parser.add_argument("--cached", action="store_true", help="take what Triton's cache has")
     parser.add_argument("--json", action="store_true", help="print a JSON object a kernel")
     parser.add_argument("--markdown", action="store_true", help="print tables")
+    parser.add_argument(
+        "--detail", choices=TARGETS, nargs="*", default=list(TARGETS), help="targets with a table"
+    )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into a page")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -255,9 +277,10 @@ def main() -> None:
                 elif not args.markdown:
                     print(line_of(rows[-1]), flush=True)
     if args.markdown:
-        print(markdown(rows))
+        print(markdown(rows, args.detail))
     if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), markdown(rows)))
+        text = markdown(rows, args.detail)
+        args.write.write_text(between_markers(args.write.read_text(), "aot", text))
     sys.exit(any(row.error for row in rows))
 
 

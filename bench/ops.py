@@ -69,10 +69,10 @@ def times(
     seconds = interleaved(runs, repeats, device=t.device, least_seconds=least)
     ours = seconds[next(iter(seconds))]
     found = []
+    needed = op_work(name, case, t.x.element_size(), t.touched)
     for provider, s in seconds.items():
         row = {**shared, "provider": provider, **quantiles(s)}
         row["over_ours"] = round(times_as_long(s, ours), 2)
-        needed = op_work(name, case, t.x.element_size())
         if limits is not None and needed is not None and provider not in NO_RIVAL:
             row |= needed.row(row["ms_p50"], limits)
         if t.device == "cpu":

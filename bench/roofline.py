@@ -7,6 +7,9 @@ import torch
 from bench.cases import Case
 from bench.measure import interleaved
 
+DEAD = 0.05
+"""Share of the latents that `aux_topk` is given for dead."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -42,24 +45,39 @@ def step_work(case: Case, *, half: bool) -> Work:
     return Work(2.0 * B * D * F, float(parameter * 2 * F * D + element * B * K * D))
 
 
-def op_work(name: str, case: Case, element: int) -> Work | None:
+def op_work(name: str, case: Case, element: int, touched: int | None = None) -> Work | None:
     """What no implementation can avoid, every input read once and every output written once.
 
     `element` is the size of rows and copies; gradients, errors, masters and moments are fp32.
+
+    `touched` is how many latents the code holds; unknown, as many as it can. All flop count at the
+    rate of the encoder's product. `aux_topk`: scores of the dead latents, then decode, its gradient
+    and those of both weights over k_aux of them a row, and two dense gradients written.
+    `relu_l1_loss`: five dense products, since half of its latents are active.
     """
     B, D, F, K = case.B, case.D, case.F, case.K
     product, dictionary, rows = 2.0 * B * D * F, 4.0 * F * D, float(B * D)
-    table = float(element * D * min(F, B * K))  # rows of W_dec that are read at all
+    touched = min(F, B * K) if touched is None else touched
+    table = float(element * D * touched)  # rows of W_dec that are read at all
+    dead = DEAD * F
+    picked = dead + 4 * min(D // 2, dead)
     found = {
         "topk_encode": (product, 0.0),
         "topk_encode fwd+bwd": (product, element * rows + dictionary),
+        "batch_topk_encode": (product, 0.0),
+        "threshold_encode": (product, 0.0),
+        "jumprelu_encode fwd+bwd": (product, element * rows + dictionary),
         "sparse_decode": (0.0, table + 4 * rows),
         "mse_l1_loss fwd": (0.0, table + (4 + element) * rows),
         "mse_l1_loss fwd+bwd": (0.0, table + (8 + element) * rows + dictionary),
         "pair_dots": (0.0, table + 4 * rows),
+        "group_by_latent": (0.0, 16.0 * B * K + 4 * F),
         "segment_sum": (0.0, 4 * rows + dictionary),
+        "aux_topk 5% dead fwd+bwd": (2 * rows * picked, 8 * rows + (2 + 2 * DEAD) * dictionary),
+        "relu_l1_loss fwd+bwd": (5 * product, element * rows + 4 * dictionary),
         "row_adam": (0.0, 7 * dictionary),
         "row_adam from pairs": (0.0, 4 * rows + 6.5 * dictionary),
+        "lazy_row_adam from pairs": (0.0, 4 * rows + 24.0 * D * touched),
     }.get(name)
     return None if found is None else Work(*found)
 

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import aot  # noqa: E402
+from bench.pages import between_markers  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 OLD = "3.6.0"
@@ -86,13 +87,17 @@ def test_every_kernel_file_has_default_configurations():
 
 
 def test_tables_go_between_the_markers_of_a_page():
-    made = aot.Compiled("k[a]", "sm_90", OLD, 1.0, 40, 0, 0, 512, 300, 20, 0)
-    text = aot.markdown([made, aot.Compiled("l", "sm_80", OLD, 1.0, error="a\nno such type")])
-    assert made.fits() and not replace(made, shared=1 << 20).fits()
+    made = aot.Compiled("k[a]", "sm_90", OLD, 1.0, True, 40, 0, 0, 512, 300, 20, 0)
+    refused = aot.Compiled("l", "sm_80", OLD, 1.0, error="a\nno such type")
+    large, spilled = replace(made, shared=1 << 20), replace(made, stack=8, default=False)
+    text = aot.markdown([made, large, spilled, refused])
+    assert "| sm_90 | 3 (2) | 0 (0) | 1 (1) | 1 (0) | 40 | 1048576 |" in text
+    assert "| sm_80 | 1 (0) | 1 (0) | 0 (0) | 0 (0) | 0 | 0 |" in text
     assert "| k[a] | 40 | 0 | 512 | 300 | 20 |" in text and "| l | no such type |" in text
-    page = "\n".join(["before", aot.MARKERS[0], "old", aot.MARKERS[1], "after"])
-    written = aot.between_markers(page, text)
+    assert "| l | no such type |" not in aot.markdown([made, refused], ["sm_90"])
+    page = "\n".join(["before", "<!-- aot:begin -->", "old", "<!-- aot:end -->", "after"])
+    written = between_markers(page, "aot", text)
     assert written.startswith("before") and written.endswith("after")
     assert text in written and "old" not in written
     with pytest.raises(ValueError, match="aot:begin"):
-        aot.between_markers("no markers", text)
+        between_markers("no markers", "aot", text)

@@ -46,6 +46,26 @@ def test_every_op_has_rivals_that_pass_parity(name):
     assert name in ops.line_of(found[0])
 
 
+def test_scores_rounded_to_bf16_stay_on_their_side_of_the_threshold():
+    t = Inputs(TINY, "cpu")
+    limit = t.threshold()
+    scores = t.x @ t.W_enc.detach()
+    assert limit.shape == (TINY.F,) and len(limit.unique()) == 1
+    assert torch.equal(scores.bfloat16() > limit, scores > limit)
+    n_above, n_kept = int((scores > limit).sum()), TINY.K * TINY.B
+    assert n_kept // 2 < n_above <= n_kept + 2
+
+
+def test_a_floor_counts_the_latents_that_a_code_touches():
+    t = Inputs(TINY, "cpu")
+    assert t.touched == len(t.code().indices.unique()) < TINY.B * TINY.K
+    (ours, _) = ops.times("lazy_row_adam from pairs", t, 1, {"gemm_gflops": 1.0, "copy_gbps": 1.0})
+    moved = 6 * 4 * TINY.D * t.touched + 4 * TINY.B * TINY.D
+    assert (ours["flop"], ours["bytes"]) == (0, moved)
+    at_most = roofline.op_work("lazy_row_adam from pairs", TINY, 4)
+    assert at_most is not None and at_most.n_bytes == moved + 24 * TINY.D * (24 - t.touched)
+
+
 def test_an_op_that_differs_is_not_timed(monkeypatch):
     original = OPS["sparse_decode"]
 

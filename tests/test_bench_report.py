@@ -6,7 +6,8 @@ import re
 from bench import report
 from bench.report import plots
 from bench.report.gpu import gpu_lines
-from bench.report.rows import committed
+from bench.report.ops import op_figures
+from bench.report.rows import committed, with_floor
 
 
 def made_rows():
@@ -17,7 +18,7 @@ def made_rows():
     step |= {**limits, "ms_p50": 2.0, "over_gemm": 1.1, "over_fastsae": 1.0, "peak_mib": 3, **here}
     point = step | {"bench": "scaling", "axis": "F"}
     op = {"bench": "ops", "case": "c", "op": "row_adam", "ms_p50": 1.0, "over_ours": 1.0}
-    op |= {"roofline": 0.9, **limits, **here}
+    op |= {"roofline": 0.9, "floor_ms": 0.9, **limits, **here}
     job = {"bench": "end_to_end", "case": "c", "F": 64, "K": 2, "provider": "fastsae", "tokens": 9}
     return [
         step | {"provider": "fastsae"},
@@ -63,6 +64,39 @@ def test_each_gpu_has_tables_of_its_own():
     first, second = text.split("### new")[1].split("### old")
     assert "| 5.0 |" in first and "| 7.0 |" not in first
     assert "| 7.0 |" in second and "| 5.0 |" not in second
+
+
+def made_ops(**changed):
+    """Ours, the oracle, a part of the work and two rivals of one op."""
+    shared = {"bench": "ops", "op": "topk_encode", "case": "c", "device": "d", "threads": 2}
+    shared |= {"date": "2026-01-02T00:00:00Z", **changed}
+    times = {"eager": 4.0, "reference": 1.0, "mm": 1.0, "slow": 9.0, "quick": 6.0}
+    return [
+        shared | {"provider": name, "ms_p50": ms, "over_ours": ms / 4, "roofline": 0.5}
+        for name, ms in times.items()
+    ]
+
+
+def test_the_figures_of_an_op_are_ours_and_the_best_rival_of_the_newest_run():
+    old = [r | {"ms_p50": 77.0, "date": "2026-01-01T00:00:00Z"} for r in made_ops()]
+    before = made_ops(device="another", date="2025-01-01T00:00:00Z")
+    triton = made_ops(device="gpu")[0] | {"provider": "triton", "ms_p50": 3.0}
+    lines = op_figures([*before, *old, *made_ops()], [triton, *made_ops(device="gpu")])
+    assert "| topk_encode | gpu, c | 3.0 | 0.5 | quick | 1.5 |" in lines
+    assert "| topk_encode | d, c | 4.0 | 0.5 | quick | 1.5 |" in lines
+    assert sum(line.startswith("| topk_encode") for line in lines) == 2
+    failed = made_ops()[0] | {"failed": "out of memory"}
+    assert not any(line.startswith("| topk_encode") for line in op_figures([failed], []))
+
+
+def test_an_op_without_a_floor_is_held_to_todays():
+    row = {"B": 8, "D": 4, "F": 64, "K": 2, "gemm_gflops": 1.0, "copy_gbps": 1.0, "cuda": "13"}
+    row |= {"bench": "ops", "op": "sparse_decode", "case": "c", "ms_p50": 1.0, "roofline": 3.0}
+    assert with_floor(row)["bytes"] == 2 * 4 * 2 * 8 + 4 * 8 * 4
+    assert with_floor(row | {"cuda": None})["bytes"] == 4 * 4 * 2 * 8 + 4 * 8 * 4
+    assert with_floor(row)["roofline"] < 0.1
+    for kept in (row | {"floor_ms": 3.0}, row | {"bench": "train_step"}):
+        assert with_floor(kept) == kept
 
 
 def test_committed_pictures_were_drawn_from_the_committed_rows(tmp_path):

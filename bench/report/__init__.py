@@ -1,20 +1,21 @@
 """Tables and plots of result rows.
 
-python -m bench report                     # docs/benchmarks.md, docs/images, the README's table
+python -m bench report                     # docs/benchmarks.md, docs/images, tables of other pages
 python -m bench report --rows runs/bench/rows.jsonl --out runs/bench    # of another file
 """
 
 import argparse
 from pathlib import Path
 
+from bench.pages import between_markers
 from bench.report import plots
+from bench.report.ops import op_figures
 from bench.report.page import page
 from bench.report.readme import readme_lines
 from bench.report.rows import committed, read
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
-MARKERS = "<!-- numbers:start -->", "<!-- numbers:end -->"
 
 
 def write(out: Path, files: list[Path]) -> Path:
@@ -42,10 +43,14 @@ def _shown(name: str) -> list[str]:
 
 def with_numbers(readme: str) -> str:
     """The README with the table between its markers."""
-    before, rest = readme.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
     lines = readme_lines(committed("cpu"), committed("gpu"), committed("quality"))
-    return before + "\n".join([MARKERS[0], *lines, MARKERS[1]]) + after
+    return between_markers(readme, "numbers", "\n".join(lines))
+
+
+def with_figures(kernels: str) -> str:
+    """docs/kernels.md with the figures of the ops between its markers."""
+    lines = op_figures(committed("cpu"), committed("gpu"))
+    return between_markers(kernels, "figures", "\n".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     plots.draw(IMAGES, committed("cpu"), committed("gpu"))
     (ROOT / "docs" / "benchmarks.md").write_text(benchmarks_page())
-    readme = ROOT / "README.md"
-    readme.write_text(with_numbers(readme.read_text()))
-    print(f"docs/benchmarks.md, {IMAGES.relative_to(ROOT)} and README.md")
+    filled = {"README.md": with_numbers, "docs/kernels.md": with_figures}
+    for name, fill in filled.items():
+        (ROOT / name).write_text(fill((ROOT / name).read_text()))
+    print(", ".join(["docs/benchmarks.md", str(IMAGES.relative_to(ROOT)), *filled]))

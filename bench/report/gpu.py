@@ -47,7 +47,10 @@ def gpu_lines(rows: list[Row], picture: Callable[[str], list[str]] = lambda _: [
     lines += ["floor of a step is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
     lines += ["at the bandwidth of a copy, and one gather, all measured in the same run. Trainers"]
     lines += ["are compared by `python -m bench.train_step --device cuda`, with what each of them"]
-    lines += ["does on the host."]
+    lines += [
+        "does on the host. An op whose rows state no floor is held to today's, its code taken to"
+    ]
+    lines += ["touch as many latents as it can."]
     lines += picture("gpu")
     for mine in by_device(rows):
         lines += ["", f"### {mine[0]['device']}", *_device_lines(mine), "", where(mine)]

@@ -154,7 +154,14 @@ def ops_lines(rows: list[Row], picture: Picture) -> list[str]:
     }
     limits = f"{rows[0]['gemm_gflops']} GFLOP/s, {rows[0]['copy_gbps']} GB/s"
     lines = ["", "## Ops", "", f"`python -m bench.ops`, {rows[0]['case']}; ceilings of the run:"]
-    lines += [f"{limits}.", *picture("roofline"), "", *table(timed(rows), columns)]
+    lines += [f"{limits}. The roofline of an op is its products at the former and"]
+    lines += [
+        "its bytes, each input read once and each output written once, at the latter, the rate"
+    ]
+    lines += ["of a copy. A share can exceed 1: a copy on a CPU also reads the lines that it"]
+    lines += ["overwrites, three transfers of which two count, while an update in place overwrites"]
+    lines += ["what it has read; and what a cache holds from the turn before is not read again."]
+    lines += [*picture("roofline"), "", *table(timed(rows), columns)]
     said = [{**row, "provider": f"{row['provider']} ({row['op']})"} for row in rows]
     return [*lines, *failures(said), "", where(rows)]
 
