@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--architectures", nargs="+", default=["topk", "batchtopk"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[800_000, 400_000])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[400_000, 200_000])
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=8)
