@@ -88,7 +88,7 @@ def times(
         said = _first_steps(
             name, provider.missing, partial(provider.build, start), x, steps, losses
         )
-        said = said or _differs(losses[name], losses[providers[0]], device)
+        said = said or differs(losses[name], losses[providers[0]], device)
         if said is not None:
             if name == providers[0] and said != OUT_OF_MEMORY:
                 raise RuntimeError(f"{name} must run for others to be compared with it: {said}")
@@ -179,7 +179,7 @@ def _first_steps(
     return None
 
 
-def _differs(losses: list[float], anchor: list[float], device: str) -> str | None:
+def differs(losses: list[float], anchor: list[float], device: str) -> str | None:
     first = FIRST_STEP if device == "cpu" else HALF_STEP
     apart = [abs(a / b - 1) for a, b in zip(losses, anchor, strict=True)]
     # "Not at or under" rather than "above": NaN is a difference.

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,9 +292,35 @@ def test_the_cases_run_under_pytest_benchmark(tmp_path):
     outside = {name: value for name, value in os.environ.items() if not name.startswith(inside)}
     done = subprocess.run(run, cwd=ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = json.loads(rows_file.read_text())["benchmarks"]
-    assert found["extra_info"] == {"case": "smollm2-135m-4k", "op": "pair_dots"}
-    assert found["stats"]["rounds"] == 5
+    found = json.loads(rows_file.read_text())["benchmarks"]
+    shared = {"case": "smollm2-135m-4k", "op": "pair_dots"}
+    assert [one["extra_info"] for one in found] == [
+        shared | {"provider": name} for name in ("eager", "torch.compile")
+    ]
+    assert {one["stats"]["rounds"] for one in found} == {5}
+
+
+def test_what_fails_parity_is_not_timed_under_pytest_benchmark(monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    speed = importlib.import_module("bench.test_speed")
+    timed = []
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda *a, **options: timed.append(options))
+    original = OPS["sparse_decode"]
+    doubled = lambda t: original(t) | {"doubled": lambda: 2 * original(t)["eager"]()}
+    monkeypatch.setitem(CASES, "tiny", TINY)
+    monkeypatch.setitem(OPS, "sparse_decode", doubled)
+    monkeypatch.setitem(PROVIDERS, "broken", Provider(lambda start: lambda x: 1e9))
+    for name in ("eager", "reference"):
+        speed.test_op(benchmark, "tiny", "sparse_decode", name)
+    speed.test_step(benchmark, "tiny", "plain-pytorch")
+    assert len(timed) == 3
+    with pytest.raises(AssertionError, match="parity: relative error"):
+        speed.test_op(benchmark, "tiny", "sparse_decode", "doubled")
+    with pytest.raises(AssertionError, match=r"parity: mse 1e\+09"):
+        speed.test_step(benchmark, "tiny", "broken")
+    assert len(timed) == 3
+    assert {op for op, _ in speed.OP_RUNS} == {*OPS}
 
 
 @pytest.mark.filterwarnings("ignore")  # the other libraries warn of themselves
@@ -416,6 +443,23 @@ def test_whole_jobs_of_several_layers_are_measured(monkeypatch, capsys):
     (row,) = end_to_end.measure(job, ["sparsify"])
     assert row["failed"] == "not installed: pip install it"
     assert "over_fastsae" not in rows[2]
+
+
+def test_the_flags_of_sae_lens_reach_its_runner_and_are_for_a_gpu(monkeypatch):
+    asked = []
+    one = lambda job, layer, clock, flags: asked.append((layer, flags))
+    monkeypatch.setattr(end_to_end, "_sae_lens_at", one)
+    job = SimpleNamespace(layers=[3])
+    for name in ("sae-lens", "sae-lens-flags"):
+        end_to_end.METHODS[name](job, Clock())
+    assert asked == [(3, {}), (3, end_to_end.SAE_LENS_FLAGS)]
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
+        assert ("sae-lens-flags" in end_to_end.default_methods()) is available
+    absent = Provider(fastsae_step, "no_such_module", "pip install it")
+    monkeypatch.setitem(PROVIDERS, "sae-lens", absent)
+    ran = end_to_end.run(job, ["sae-lens-flags"], turns=1)
+    assert ran["sae-lens-flags"].failed == "not installed: pip install it"
 
 
 def test_the_sample_of_real_rows_is_small_and_heavy_tailed():
