@@ -2,6 +2,7 @@
 
     python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
     python -m bench --quick             # a small step beside every library, in a minute
+    python -m bench --quick --case gpt2-small-24k --providers fastsae sae-lens mine.py:step
     python -m bench --parts step ops    # only these; pipeline and quality on request
     python -m bench --parts gpu         # on a GPU: python -m bench.gpu_check
     python -m bench report              # tables and plots of the committed rows
@@ -18,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from bench import end_to_end, ops, pipeline, report, scaling
-from bench.cases import find_case
-from bench.providers import PEERS
+from bench.cases import CASES, find_case, harvested_rows
+from bench.providers import PEERS, PROVIDERS, find_provider
 from bench.quality.__main__ import main as quality
 from bench.record import append
 from bench.rivals import OPS
 from bench.train_step import memory, pooled, show, summary, times
 
 OUT = Path("runs/bench")
+QUICK_CASE = "smollm2-135m-4k"
 STEP_CASES = ("smollm2-135m-16k", "smollm2-135m-65k")
 OPS_CASE = "smollm2-135m-16k"
 CURVES = {"F": ["fastsae", "sae-lens"], "B": ["fastsae"], "D": ["fastsae"], "K": ["fastsae"]}
@@ -83,8 +85,22 @@ OWN_COMMANDS = {"quality": quality, "gpu": on_a_gpu}
 """Parts that write rows of their own, and are not part of the comparison by default."""
 
 
-def quick() -> list[Row]:
-    return told(times(find_case("smollm2-135m-4k"), STEP_PROVIDERS, 3))
+def asked_for(args: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
+    """The parts that time steps, at one case and of the providers that were named.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such case, provider or harvest.
+    """
+    case = find_case(args.case or (QUICK_CASE if args.quick else STEP_CASES[0]))
+    providers = args.providers or STEP_PROVIDERS
+    for name in providers:
+        find_provider(name)
+    if args.shards is not None:
+        harvested_rows(case, args.shards)
+    return {
+        "quick": lambda: told(times(case, providers, 3, shards=args.shards)),
+        "step": lambda: told(pooled(3, case, providers, 2, shards=args.shards)),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,21 +108,40 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["report"]:
         return report.main(arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=COMPARISON)
     parser.add_argument("--quick", action="store_true", help="one small step, every library")
+    chosen = parser.add_argument_group("of the part step and of --quick")
+    chosen.add_argument("--case", help=f"one of {', '.join(CASES)}")
+    chosen.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help=f"FILE.py:function, {', '.join(PROVIDERS)}; all are compared with the first",
+    )
+    chosen.add_argument("--shards", type=Path, help="folder of a harvest to draw the rows from")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of rows and report")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl too")
     args = parser.parse_args(arguments)
+    names, parts = ["quick"] if args.quick else args.parts, PARTS
+    if args.quick or args.case or args.providers or args.shards:
+        if not {"quick", "step"} & {*names}:
+            parser.error(f"--case, --providers, --shards must be given with step, got {names}")
+        try:
+            parts = PARTS | asked_for(args)
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
     started, found = time.perf_counter(), list[Row]()
-    for name in ["quick"] if args.quick else args.parts:
+    for name in names:
         if name in OWN_COMMANDS:
             sys.argv[1:] = []
             OWN_COMMANDS[name]()
             continue
         part = time.perf_counter()
-        made = quick() if name == "quick" else PARTS[name]()
+        made = parts[name]()
         append((args.out / "rows.jsonl").absolute(), made)
         if args.save:
             append(args.save, made)

@@ -1,6 +1,7 @@
 """Named shapes, after real uses, and inputs with the statistics of a residual stream."""
 
 import difflib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +49,48 @@ def rows(case: Case, seed: int = 0) -> Tensor:
     x = low @ torch.randn(rank, case.D, generator=generator)
     x += 0.3 * x.std() * torch.randn(case.B, case.D, generator=generator)
     x[:, :: max(1, case.D // 4)] *= 5
-    return x * (case.D**0.5 / x.norm(dim=1).mean())
+    return _scaled(x)
 
 
 def real_rows() -> Tensor:
     """[8192, 576] fp32 activations of a language model, norm sqrt(D) in the mean."""
-    x = load_file(SAMPLE)["rows"].float()
+    return _scaled(load_file(SAMPLE)["rows"].float())
+
+
+def harvested_rows(case: Case, folder: Path) -> Tensor:
+    """[B, D] fp32 rows of a harvest, drawn without repeats, norm sqrt(D) in the mean.
+
+    They are of the first of its hooks whose rows are D wide.
+
+    Args:
+        folder: what `fastsae harvest` wrote.
+
+    Raises:
+        FileNotFoundError: it is no such folder, or a shard is absent.
+        ValueError: it is not finished, no hook has rows of that width, or there are fewer than B.
+    """
+    # Not on top: `bench.gpu_check` runs where only what the kernels need is installed.
+    from fastsae.data.sharded_rows import ShardedRows
+    from fastsae.data.shards import ActivationShards
+
+    shards = ActivationShards(folder)
+    widths = shards.index.widths
+    hook = next((name for name, width in widths.items() if width == case.D), None)
+    if hook is None:
+        raise ValueError(
+            f"shards must hold rows of the width D = {case.D} of {case.name}, got {widths} in "
+            f"{folder}"
+        )
+    if shards.index.rows < case.B:
+        raise ValueError(
+            f"shards must hold at least the B = {case.B} rows of {case.name}, of which none is "
+            f"repeated, got {shards.index.rows} in {folder}"
+        )
+    with closing(ShardedRows(shards, hook, case.B).from_step(0)) as batches:
+        return _scaled(next(batches).float())
+
+
+def _scaled(x: Tensor) -> Tensor:
     return x * (x.shape[1] ** 0.5 / x.norm(dim=1).mean())
 
 
@@ -70,8 +107,10 @@ def find_case(name: str) -> Case:
     raise ValueError(f"case must be one of {list(CASES)}, got {name!r}{hint}")
 
 
-def batch(case: Case) -> Tensor:
-    """[B, D] rows: of a real language model where the sample's width is the case's."""
+def batch(case: Case, shards: Path | None = None) -> Tensor:
+    """[B, D] rows: of a harvest, if one is given, else of the sample where its width is D."""
+    if shards is not None:
+        return harvested_rows(case, shards)
     if case.D == SAMPLE_WIDTH:
         real = real_rows()
         return real[torch.arange(case.B) % len(real)]

@@ -6,10 +6,10 @@
 
 Parts: `tests` (the kernels' own, by pytest, a row for each file), `parity` (real sizes against
 fp64, offsets beyond 2^31), `training` (same bits twice, memory, one graph, losses on real rows),
-`encode`, `ops`, `steps` (times, with ceilings and rivals measured in the same process). The first
-three share the GPU; what is timed has it to itself. Each part is a process of its own: one that
-fails, or takes longer than its budget, is reported and the next one goes on. Exit status 0 if
-nothing failed.
+`encode`, `ops`, `steps` (times, with ceilings, rivals and the other libraries that are installed
+measured in the same process). The first three share the GPU; what is timed has it to itself. Each
+part is a process of its own: one that fails, or takes longer than its budget, is reported and the
+next one goes on. Exit status 0 if nothing failed.
 
 Needs torch, triton, numpy, safetensors and pytest; where nothing is installed, start it with
 PYTHONPATH=kernels from the root of the repository. The variable COMMIT, if set, names the commit in
@@ -76,7 +76,7 @@ PARTS = {
         timed=False,
     ),
     "encode": Part(85, (speed.encode,)),
-    "steps": Part(110, (speed.steps,)),
+    "steps": Part(110, (speed.steps, speed.peers)),
     "ops": Part(80, (speed.every_op,)),
 }
 TESTS_BUDGET = 150.0

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -72,18 +73,18 @@ def _on_gpu(run: Run) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def in_a_row(run: Run, calls: int, warm_up: int = 2) -> float:
-    """Seconds a call of a GPU's steps that follow one another, as in training."""
+def in_a_row(run: Run, calls: int, warm_up: int = 2) -> list[float]:
+    """Seconds of each of a GPU's steps that follow one another, as in training."""
     for _ in range(warm_up):
         run()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
+    events[0].record()
+    for event in events[1:]:
         run()
-    stop.record()
+        event.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3 / calls
+    return [start.elapsed_time(stop) / 1e3 for start, stop in pairwise(events)]
 
 
 def launches(run: Run, calls: int = 3) -> dict[str, float]:

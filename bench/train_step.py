@@ -5,6 +5,7 @@ python -m bench.train_step --case smollm2-135m-65k --dead 0.05
 python -m bench.train_step --providers fastsae mine.py:step   # and somebody else's
 python -m bench.train_step --peers                      # other libraries only
 python -m bench.train_step --memory             # peak temporary memory, 65k and 262k latents
+python -m bench.train_step --shards FOLDER      # on rows that `fastsae harvest` wrote
 
 Every provider starts from the same weights. One whose losses differ, that is not installed or that
 runs out of memory becomes a row that says so, and is not timed.
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,16 +63,23 @@ def times(
     *,
     skewed: bool = False,
     device: str = "cpu",
+    shards: Path | None = None,
 ) -> list[Row]:
     """A row a provider, the first of them being the anchor, and one for the plain encoder GEMM.
 
+    Args:
+        shards: a harvest that the rows are drawn from, which the case's name then says.
+
     Raises:
-        ValueError: a provider is neither known nor a function of a file.
+        FileNotFoundError: `shards` is no harvest.
+        ValueError: a provider is neither known nor a function of a file, or `shards` does not hold
+            B rows of width D.
     """
     found = {name: find_provider(name) for name in providers}
     start = Start.random(case, dead, skewed=skewed, device=device)
-    x = batch(case).to(device)
-    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    x = batch(case, shards).to(device)
+    called = case.name + "-harvested" * (shards is not None)
+    shape = {"case": called, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
     shared = {"bench": "train_step", **shape, "dead": dead, "usage": _usage(skewed)}
     steps: dict[str, Step] = {}
     losses: dict[str, list[float]] = {}
@@ -79,7 +88,7 @@ def times(
         said = _first_steps(
             name, provider.missing, partial(provider.build, start), x, steps, losses
         )
-        said = said or _differs(losses[name], losses[providers[0]], device)
+        said = said or differs(losses[name], losses[providers[0]], device)
         if said is not None:
             if name == providers[0] and said != OUT_OF_MEMORY:
                 raise RuntimeError(f"{name} must run for others to be compared with it: {said}")
@@ -170,7 +179,7 @@ def _first_steps(
     return None
 
 
-def _differs(losses: list[float], anchor: list[float], device: str) -> str | None:
+def differs(losses: list[float], anchor: list[float], device: str) -> str | None:
     first = FIRST_STEP if device == "cpu" else HALF_STEP
     apart = [abs(a / b - 1) for a, b in zip(losses, anchor, strict=True)]
     # "Not at or under" rather than "above": NaN is a difference.
@@ -225,10 +234,11 @@ def _peak(step: Step, x: Tensor) -> int:
 
 
 def summary(rows: list[Row]) -> str:
-    """How often each peer's step holds ours, and SAELens's the accelerated one."""
+    """How often each peer's step holds the first row's, and SAELens's the accelerated one."""
     over = {row["provider"]: row["over_fastsae"] for row in rows if "failed" not in row}
-    ratios = [f"{over[p]:.2f} x over {p}" for p in GPU_PEERS[1:] if p in over]
-    said = f"fastsae: {', '.join(ratios) or 'no other library is here to compare with'}"
+    first = rows[0]["provider"]
+    ratios = [f"{over[p]:.2f} x over {p}" for p in GPU_PEERS if p in over and p != first]
+    said = f"{first}: {', '.join(ratios) or 'no other library is here to compare with'}"
     if {"sae-lens", "sae-lens-accelerated"} <= over.keys():
         said += f"; accelerated SAELens: {over['sae-lens'] / over['sae-lens-accelerated']:.2f} x"
     return said
@@ -259,6 +269,7 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents taken for dead")
     parser.add_argument("--usage", choices=("uniform", "skewed"), default="uniform")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shards", type=Path, help="harvest that the rows are drawn from")
     parser.add_argument("--memory", action="store_true", help="peak temporary memory instead")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
@@ -266,7 +277,9 @@ def main() -> None:
         case = find_case(args.case or CASE)
         if args.batch_size is not None:
             case = replace(case, B=args.batch_size, name=f"{case.name}-b{args.batch_size}")
-        run = functools.partial(times, skewed=args.usage == "skewed", device=args.device)
+        run = functools.partial(
+            times, skewed=args.usage == "skewed", device=args.device, shards=args.shards
+        )
         peers = GPU_PEERS if args.device == "cuda" else PEERS
         providers = peers if args.peers else args.providers
         if args.memory:
@@ -275,7 +288,7 @@ def main() -> None:
         else:
             print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}, dead {args.dead:.0%}")
             found = run(case, providers, args.repeats, args.dead)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     show(found, tuple(found[0])[1:] if args.memory else SHOWN)
     if args.peers:

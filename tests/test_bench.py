@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,14 +24,16 @@ from bench import (
     scaling,
     train_step,
 )
-from bench.cases import SAMPLE, Case, Start, find_case, real_rows, rows
+from bench.cases import CASES, SAMPLE, Case, Start, batch, find_case, real_rows, rows
 from bench.clock import Clock, fvu_at, seconds_to
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report.page import case_title, ops_lines, pipeline_lines
 from bench.rivals import OPS, Inputs
 from fastsae.data import harvest_all, resolve_hook
-from tiny_models import tiny_llama
+from fastsae.data.harvest_run import harvest_to_disk
+from harvests import HOOKS, rows_of, small_harvest
+from tiny_models import save_stories, save_tiny_llama, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", 12, 16, 64, 2)
@@ -233,6 +237,71 @@ def test_the_command_is_quick_and_keeps_its_rows(tmp_path, monkeypatch, capsys):
     assert "bench must be run from the root of a clone" in capsys.readouterr().err
 
 
+def test_the_command_takes_a_case_and_providers(tmp_path, monkeypatch, capsys):
+    from fastsae import cli
+
+    (tmp_path / "mine.py").write_text("from bench.providers.plain import plain_step as step\n")
+    monkeypatch.setitem(CASES, "tiny", TINY)
+    mine = f"{tmp_path}/mine.py:step"
+    run = ["bench", "--out", str(tmp_path), "--case", "tiny", "--providers", "plain-pytorch", mine]
+    cli.main([*run, "--quick"])
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["case"], row["provider"]) for row in kept][:2] == [
+        ("tiny", "plain-pytorch"),
+        ("tiny", mine),
+    ]
+    assert "\nplain-pytorch: " in capsys.readouterr().out  # what the others are compared with
+    for wrong, said in {
+        "--case=tinny": "did you mean 'tiny'",
+        "--providers=fastsea": "did you mean 'fastsae'",
+        "--shards=nowhere": "activations must be a folder",
+        "--parts=ops": "must be given with step",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*run, wrong])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_step_part_times_what_was_asked_for(tmp_path, monkeypatch):
+    whole = importlib.import_module("bench.__main__")
+    asked = []
+
+    def pooled(draws, *arguments, **options):
+        asked.append((arguments, options))
+        return [{"provider": "fastsae", "failed": "no time", "case": "c", "dead": 0, "usage": "u"}]
+
+    monkeypatch.setattr(whole, "pooled", pooled)
+    monkeypatch.setattr(whole.report, "write", lambda *arguments: None)
+    whole.main(["--parts", "step", "--providers", "reference", "--out", str(tmp_path)])
+    ((arguments, options),) = asked
+    assert arguments[:2] == (CASES["smollm2-135m-16k"], ["reference"])
+    assert options == {"shards": None}
+
+
+def test_steps_are_timed_on_rows_of_a_harvest(tmp_path, monkeypatch):
+    run = small_harvest(
+        tmp_path / "rows", str(save_tiny_llama(tmp_path / "model")), save_stories(tmp_path, 600)
+    )
+    harvest_to_disk(run)
+    kept = rows_of(run.out, HOOKS[0])
+    case = Case("tiny", 12, kept.shape[1], 64, 2)
+    x = batch(case, run.out)
+    assert x.shape == (12, case.D) and x.dtype == torch.float32
+    assert float(x.norm(dim=1).mean()) == pytest.approx(case.D**0.5, rel=1e-5)
+    alike = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(kept.float()).t()
+    assert float(alike.max(dim=1).values.min()) > 1 - 1e-5 and not torch.equal(x, rows(case))
+    (row, *_) = train_step.times(case, ["fastsae"], repeats=1, shards=run.out)
+    assert row["case"] == "tiny-harvested" and row["ms_p50"] > 0
+    with pytest.raises(ValueError, match=r"width D = 7 of tiny, got {'blocks.0"):
+        batch(replace(case, D=7), run.out)
+    with pytest.raises(ValueError, match=rf"B = 1000000 rows of tiny, .* got {len(kept)} in"):
+        batch(replace(case, B=1_000_000), run.out)
+    arguments = ["train_step", "--case", "gpt2-small-24k", "--shards", str(run.out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"error: shards must hold rows of the width D = 768"):
+        train_step.main()
+
+
 def test_the_cases_run_under_pytest_benchmark(tmp_path):
     pytest.importorskip("pytest_benchmark")
     rows_file = tmp_path / "rows.json"
@@ -243,9 +312,35 @@ def test_the_cases_run_under_pytest_benchmark(tmp_path):
     outside = {name: value for name, value in os.environ.items() if not name.startswith(inside)}
     done = subprocess.run(run, cwd=ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = json.loads(rows_file.read_text())["benchmarks"]
-    assert found["extra_info"] == {"case": "smollm2-135m-4k", "op": "pair_dots"}
-    assert found["stats"]["rounds"] == 5
+    found = json.loads(rows_file.read_text())["benchmarks"]
+    shared = {"case": "smollm2-135m-4k", "op": "pair_dots"}
+    assert [one["extra_info"] for one in found] == [
+        shared | {"provider": name} for name in ("eager", "torch.compile")
+    ]
+    assert {one["stats"]["rounds"] for one in found} == {5}
+
+
+def test_what_fails_parity_is_not_timed_under_pytest_benchmark(monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    speed = importlib.import_module("bench.test_speed")
+    timed = []
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda *a, **options: timed.append(options))
+    original = OPS["sparse_decode"]
+    doubled = lambda t: original(t) | {"doubled": lambda: 2 * original(t)["eager"]()}
+    monkeypatch.setitem(CASES, "tiny", TINY)
+    monkeypatch.setitem(OPS, "sparse_decode", doubled)
+    monkeypatch.setitem(PROVIDERS, "broken", Provider(lambda start: lambda x: 1e9))
+    for name in ("eager", "reference"):
+        speed.test_op(benchmark, "tiny", "sparse_decode", name)
+    speed.test_step(benchmark, "tiny", "plain-pytorch")
+    assert len(timed) == 3
+    with pytest.raises(AssertionError, match="parity: relative error"):
+        speed.test_op(benchmark, "tiny", "sparse_decode", "doubled")
+    with pytest.raises(AssertionError, match=r"parity: mse 1e\+09"):
+        speed.test_step(benchmark, "tiny", "broken")
+    assert len(timed) == 3
+    assert {op for op, _ in speed.OP_RUNS} == {*OPS}
 
 
 @pytest.mark.filterwarnings("ignore")  # the other libraries warn of themselves
@@ -259,6 +354,23 @@ def test_the_peers_train_alike_and_are_compared(monkeypatch, capsys):
     for peer in train_step.PEERS[1:]:
         assert re.search(rf"[\d.]+ x over {peer}\b", shown), peer
     assert re.search(r"accelerated SAELens: [\d.]+ x$", shown.strip())
+
+
+@pytest.mark.parametrize("name", ["plain-pytorch", "reference-compiled"])
+def test_plain_steps_train_like_the_reference(name):
+    found = train_step.times(TINY, ["reference", name], repeats=1)
+    assert not any("failed" in row for row in found)
+
+
+def test_the_compiled_step_is_compiled(monkeypatch):
+    def compiled(run, backend, fullgraph):
+        asked.append((backend, fullgraph))
+        return run
+
+    asked = []
+    monkeypatch.setattr(torch, "compile", compiled)
+    step = PROVIDERS["reference-compiled"].build(Start.random(TINY))
+    assert asked == [("aot_eager", True)] and step(rows(TINY)) > 0
 
 
 @pytest.mark.parametrize("dead", [0.0, 0.5])
@@ -351,6 +463,23 @@ def test_whole_jobs_of_several_layers_are_measured(monkeypatch, capsys):
     (row,) = end_to_end.measure(job, ["sparsify"])
     assert row["failed"] == "not installed: pip install it"
     assert "over_fastsae" not in rows[2]
+
+
+def test_the_flags_of_sae_lens_reach_its_runner_and_are_for_a_gpu(monkeypatch):
+    asked = []
+    one = lambda job, layer, clock, flags: asked.append((layer, flags))
+    monkeypatch.setattr(end_to_end, "_sae_lens_at", one)
+    job = SimpleNamespace(layers=[3])
+    for name in ("sae-lens", "sae-lens-flags"):
+        end_to_end.METHODS[name](job, Clock())
+    assert asked == [(3, {}), (3, end_to_end.SAE_LENS_FLAGS)]
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
+        assert ("sae-lens-flags" in end_to_end.default_methods()) is available
+    absent = Provider(fastsae_step, "no_such_module", "pip install it")
+    monkeypatch.setitem(PROVIDERS, "sae-lens", absent)
+    ran = end_to_end.run(job, ["sae-lens-flags"], turns=1)
+    assert ran["sae-lens-flags"].failed == "not installed: pip install it"
 
 
 def test_the_sample_of_real_rows_is_small_and_heavy_tailed():

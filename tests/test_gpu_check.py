@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import gpu_check, measure
-from bench.gpu import harness, truth
+from bench.gpu import harness, speed, truth
 from fastsae_kernels import SparseCode
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +30,13 @@ def test_the_gpu_run_in_miniature(name, function, tmp_path, capsys):
     pytest.importorskip("triton")
     out = tmp_path / "rows.jsonl"
     made = harness.Report(name, 60.0, out)
+    rows, kept = [], made.measured
+    made.measured = lambda row, text: (rows.append(row), kept(row, text))
     function(harness.QUICK, made)
     shown = capsys.readouterr().out
+    for row in rows:
+        if row["bench"] in ("gpu_step", "gpu_encode"):
+            assert row["ms"] == row["ms_p20"] == row["ms_p50"] == row["ms_p80"] == 1000.0
     assert made.failures == [], shown
     assert " fails " not in shown and "left out:" not in shown
     # Without a GPU nothing is timed and nothing is kept.
@@ -74,7 +79,7 @@ def test_device_times_are_between_events(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda n, dtype, device: empty(8, dtype=dtype))
     found = measure.interleaved({"work": work, "none": lambda: None}, 3, device="cuda")
     assert found == {"work": [0.002] * 3, "none": [0.0] * 3}
-    assert measure.in_a_row(work, 5) == pytest.approx(0.002)
+    assert measure.in_a_row(work, 5) == pytest.approx([0.002] * 5)
 
 
 def test_a_part_that_fails_is_reported_and_the_next_function_runs(monkeypatch, capsys):
@@ -176,6 +181,27 @@ def test_the_gpu_run_fits_its_eight_minutes():
     timed = sum(longest[name] for name, part in gpu_check.PARTS.items() if part.timed)
     untimed = [longest[name] for name, part in gpu_check.PARTS.items() if not part.timed]
     assert max(*untimed, gpu_check.TESTS_BUDGET) + timed < 8 * 60
+
+
+def test_libraries_are_timed_or_named_with_their_command(monkeypatch, capsys):
+    pytest.importorskip("jaxtyping")
+    from bench import providers
+
+    absent = providers.Provider(providers.plain_step, "no_such_module", "pip install it")
+    monkeypatch.setitem(providers.PROVIDERS, "absent", absent)
+    made, rows = harness.Report("steps", 60.0), []
+    made.measured = lambda row, text: rows.append(row)
+    monkeypatch.setattr(providers, "GPU_PEERS", ["fastsae", "absent"])
+    speed.peers(harness.QUICK, made)
+    assert "absent is not installed: pip install it" in capsys.readouterr().out and rows == []
+    monkeypatch.setattr(providers, "GPU_PEERS", ["fastsae", "plain-pytorch", "absent"])
+    made.budget = 1.0
+    speed.peers(harness.QUICK, made)
+    assert "left out for want of time: other libraries" in capsys.readouterr().out and rows == []
+    made.budget = 60.0
+    speed.peers(harness.QUICK, made)
+    timed = [row["provider"] for row in rows if "over_fastsae" in row]
+    assert timed[:2] == ["fastsae", "plain-pytorch"] and rows[0]["bench"] == "train_step"
 
 
 def test_launches_of_a_run_without_a_gpu_are_none():

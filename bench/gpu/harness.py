@@ -33,6 +33,7 @@ class Scale:
     ops: tuple[Case, ...]
     encode: tuple[Case, ...]
     steps: tuple[Case, ...]
+    peers: Case
     memory: Case
     wide: Case
     """Its weights have more than 2^31 elements."""
@@ -67,6 +68,7 @@ FULL = Scale(
         CASES["llama-3.1-8b-131k"],
         CASES["llama-3.1-8b-1m"],
     ),
+    peers=CASES["gpt2-small-24k"],
     memory=_MID,
     wide=Case("wide", 64, 4096, 600_064, 64),
     tall=Case("tall", 139_264, 64, 1_048_576, 32),
@@ -81,6 +83,7 @@ QUICK = Scale(
     ops=(_TINY,),
     encode=(_TINY,),
     steps=(_TINY,),
+    peers=_TINY,
     memory=_TINY,
     wide=_TINY,
     tall=_TINY,
@@ -136,20 +139,20 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def seconds_of(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Medians; ones where nothing is timed."""
+def seconds_of(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Of each turn; ones where nothing is timed."""
     if DRY:
         for run in runs.values():
             run()
-        return dict.fromkeys(runs, 1.0)
-    found = interleaved(runs, repeats, warm_up=2, device="cuda")
-    return {name: sorted(times)[len(times) // 2] for name, times in found.items()}
+        return {name: [1.0] for name in runs}
+    return interleaved(runs, repeats, warm_up=2, device="cuda")
 
 
-def step_seconds(run: Run, calls: int) -> float:
+def step_seconds(run: Run, calls: int) -> list[float]:
+    """Of each call; a one where nothing is timed."""
     if DRY:
         run()
-        return 1.0
+        return [1.0]
     return in_a_row(run, calls)
 
 

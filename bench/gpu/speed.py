@@ -1,7 +1,9 @@
 """Times, each with its ceilings and rivals measured in the same process."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -24,13 +26,15 @@ from bench.gpu.harness import (
     step_seconds,
 )
 from bench.gpu.step import FusedStep, Step, bag_step, dense_step, trainer_step
-from bench.measure import Run
+from bench.measure import Run, quantiles
 from bench.rivals import OPS, Inputs
 from bench.roofline import ceilings
 from fastsae_kernels import Impl, topk_encode
 
 COLUMNS = 131_072
 """A product with more columns is measured in parts of so many: its output would not fit."""
+PEER_SECONDS = 8
+"""To import a library, build its SAE and take its steps."""
 OPTIMIZER_BYTES = 26
 """Of a parameter: fp32 weight and moments read and written, bf16 copy written."""
 
@@ -103,11 +107,13 @@ def _encode_case(case: Case, repeats: int, report: Report) -> None:
         ),
     }
     runs |= {_tile_name(tile): by_tile(tile) for tile in tiles()}
-    seconds = seconds_of(_that_run(runs, report), repeats)
+    samples = seconds_of(_that_run(runs, report), repeats)
+    seconds = {name: median(turns) for name, turns in samples.items()}
     flop = 2 * case.B * case.D * case.F
     for name, s in seconds.items():
         over = s / seconds["cuBLAS"]
         row = {"bench": "gpu_encode", **shape_of(case), "provider": name, "ms": 1e3 * s}
+        row |= quantiles(samples[name])
         row |= {"tflops": flop / s / 1e12, "over_cublas": over, "roofline": 1 / over}
         report.measured(
             row,
@@ -218,15 +224,17 @@ def _steps_at(case: Case, report: Report) -> None:
         try:
             step = make()
             losses = [float(step(x)) for _ in range(1 if DRY else 3)]
-            seconds = step_seconds(lambda step=step: step(x), 10 if case.F <= COLUMNS else 4)
+            samples = step_seconds(lambda step=step: step(x), 10 if case.F <= COLUMNS else 4)
         except Exception as failure:
             _must_be_usable(failure)
             report.check(f"{name} at {case.name} runs", False, why=str(failure)[:300])
             step = None
             free_memory()
             continue
+        seconds = mean(samples)
         ours = ours or seconds
         row = {"bench": "gpu_step", **shape_of(case), "provider": name, "ms": 1e3 * seconds}
+        row |= quantiles(samples)
         row |= {**floor, "over_floor": 1e3 * seconds / floor["floor_ms"], "losses": losses}
         row["over_ours"] = seconds / ours
         report.measured(
@@ -238,6 +246,30 @@ def _steps_at(case: Case, report: Report) -> None:
             _launches(report, case, name, lambda step=step: step(x))
         del step
         free_memory()
+
+
+def peers(scale: Scale, report: Report) -> None:
+    """Training steps of the other libraries that are installed, beside ours."""
+    if importlib.util.find_spec("jaxtyping") is None:
+        return report.note("other libraries left out: jaxtyping absent")
+    # These import fastsae, which that package must be there for.
+    from bench import train_step
+    from bench.providers import GPU_PEERS, PROVIDERS
+
+    absent = {name: PROVIDERS[name].missing() for name in GPU_PEERS}
+    for name, install in absent.items():
+        if install is not None:
+            report.note(f"{name} is not installed: {install}")
+    here = [name for name, install in absent.items() if install is None]
+    if len(here) < 2 or not report.enough_time(PEER_SECONDS * len(here), "other libraries"):
+        return None
+    for row in train_step.times(scale.peers, here, scale.repeats, device=DEVICE):
+        name = f"{row['case']:20}{row['provider']:32}"
+        if "failed" in row:
+            report.note(f"{name} not timed, {row['failed']}")
+        else:
+            over = f"{row['over_fastsae']:7.2f} x ours"
+            report.measured(row, f"{name}{row['ms_p50']:9.2f} ms{over}")
 
 
 def _floor(case: Case, report: Report) -> dict[str, float]:

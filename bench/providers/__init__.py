@@ -8,7 +8,7 @@ from bench.providers.base import Provider
 from bench.providers.dictionary_learning import dictionary_learning_step
 from bench.providers.fastsae import fastsae_step
 from bench.providers.flex_sae import flex_sae_step
-from bench.providers.plain import plain_step
+from bench.providers.plain import dense_mse, plain_step
 from bench.providers.sae_lens import sae_lens_step
 from bench.providers.sparsify import sparsify_step
 from fastsae_kernels import Impl
@@ -20,6 +20,7 @@ PROVIDERS: dict[str, Provider] = {
     "fastsae-no-clip": Provider(lambda start: fastsae_step(start, clip=False)),
     "fastsae-plain-adam": Provider(lambda start: fastsae_step(start, kind="adam")),
     "reference": Provider(lambda start: fastsae_step(start, kind="adam", impl=Impl.REFERENCE)),
+    "reference-compiled": Provider(lambda start: plain_step(start, dense_mse, compiled=True)),
     "plain-pytorch": Provider(plain_step),
     "sae-lens": Provider(sae_lens_step, *SAE_LENS),
     "sae-lens-accelerated": Provider(

@@ -18,8 +18,19 @@ def bag_mse(indices: Tensor, acts: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tens
     return (x_hat - x).square().sum(1).mean()
 
 
-def plain_step(start: Start, mse_of: Mse = bag_mse) -> Step:
-    """Dense scores, `topk`, a bag for the decoder, fused Adam."""
+def dense_mse(indices: Tensor, acts: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Tensor:
+    code = acts.new_zeros(len(x), len(W_dec)).scatter(1, indices, acts)
+    with half(x):
+        x_hat = torch.addmm(b_dec, code, W_dec)
+    return (x_hat.float() - x).square().sum(1).mean()
+
+
+def plain_step(start: Start, mse_of: Mse = bag_mse, *, compiled: bool = False) -> Step:
+    """Dense scores, `topk`, a bag for the decoder, fused Adam.
+
+    Args:
+        compiled: compute the loss and its gradients by torch.compile.
+    """
     case, device = start.case, start.device
     W_enc = start.W_enc.clone().requires_grad_()
     W_dec = start.W_dec.clone().requires_grad_()
@@ -29,13 +40,21 @@ def plain_step(start: Start, mse_of: Mse = bag_mse) -> Step:
     optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
     since_fired = torch.zeros(case.F, dtype=torch.long, device=device)
 
-    def step(x: Tensor) -> float:
+    def loss_of(x: Tensor) -> tuple[Tensor, Tensor]:
         norms = W_dec.detach().norm(dim=1)
         with half(x):
             h = torch.addmm(b_enc, x - b_dec, W_enc)
         indices = (h.detach() * norms).topk(case.K, dim=1, sorted=False).indices
         acts = h.gather(1, indices).relu().float()
-        mse = mse_of(indices, acts, W_dec, b_dec, x)
+        return mse_of(indices, acts, W_dec, b_dec, x), indices
+
+    if compiled:
+        # Inductor's C++ takes minutes to build on a CPU; the graph is the same.
+        backend = "inductor" if device.type == "cuda" else "aot_eager"
+        loss_of = torch.compile(loss_of, backend=backend, fullgraph=True)
+
+    def step(x: Tensor) -> float:
+        mse, indices = loss_of(x)
         optimizer.zero_grad()
         mse.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
