@@ -33,7 +33,7 @@ from bench.providers import PROVIDERS
 from bench.providers.base import quiet
 from bench.providers.sparsify import without_its_kernels
 from bench.record import append
-from fastsae import SAE, TopKConfig, TrainConfig, Trainer
+from fastsae import SAE, DataConfig, TopKConfig, TrainConfig, Trainer
 from fastsae.data import (
     Activations,
     HookPoint,
@@ -82,7 +82,8 @@ class Job:
     def config(self) -> TrainConfig:
         """Ours, with its defaults."""
         sae = TopKConfig(d_in=self.lm.d_model, d_sae=self.d_sae, k=self.k)
-        return TrainConfig(sae=sae, total_tokens=self.tokens, batch_size=BATCH)
+        data = DataConfig(total_tokens=self.tokens, batch_size=BATCH)
+        return TrainConfig(sae=sae, data=data)
 
 
 def prepare(layers: list[int], tokens: int, d_sae: int, k: int, held_out: int) -> Job:

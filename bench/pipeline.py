@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.measure import Run, interleaved, peak_mib, quantiles
 from bench.record import append
-from fastsae import TopKConfig, TrainConfig, Trainer
+from fastsae import DataConfig, TopKConfig, TrainConfig, Trainer
 from fastsae.data import LanguageModel, capture, load_language_model, resid_hook_name, resolve_hook
 from fastsae.data.harvest_run import HarvestRun, harvest_to_disk
 from fastsae.data.model_rows import default_batch_contexts
@@ -124,8 +124,7 @@ def stepping(shards: ActivationShards, hook: str, d_sae: int) -> dict[str, Run]:
     """Steps of two trainers: on batches that are read, and on batches that are there."""
     cfg = TrainConfig(
         sae=TopKConfig(d_in=shards.index.widths[hook], d_sae=d_sae, k=32),
-        total_tokens=10**9,
-        batch_size=BATCH,
+        data=DataConfig(total_tokens=10**9, batch_size=BATCH),
     )
     read = ShardedRows(shards, hook, BATCH).from_step(0)
     there = list(islice(ShardedRows(shards, hook, BATCH).from_step(0), STEPS))

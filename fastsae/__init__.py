@@ -34,6 +34,7 @@ from fastsae.saes import TopKSAE as TopKSAE
 from fastsae.saes import Transcoder as Transcoder
 from fastsae.saes import TranscoderConfig as TranscoderConfig
 from fastsae.training import CheckpointConfig as CheckpointConfig
+from fastsae.training import DataConfig as DataConfig
 from fastsae.training import LogConfig as LogConfig
 from fastsae.training import OptimizerConfig as OptimizerConfig
 from fastsae.training import ScheduleConfig as ScheduleConfig

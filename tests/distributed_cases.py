@@ -53,8 +53,8 @@ TRAFFIC = fastsae.TopKConfig(**SHAPE, k=5, aux_loss_coefficient=0.0)
 CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.items()} | {
     "topk/rows": {"sae": SAES["topk"], "exchange": "rows"},
     "topk/pairs": {"sae": SAES["topk"], "exchange": "pairs"},
-    "topk/micro": {"sae": SAES["topk"], "micro_batch_size": 8, "exchange": "pairs"},
-    "topk/micro-rows": {"sae": SAES["topk"], "micro_batch_size": 8, "exchange": "rows"},
+    "topk/micro": {"sae": SAES["topk"], "data": {"micro_batch_size": 8}, "exchange": "pairs"},
+    "topk/micro-rows": {"sae": SAES["topk"], "data": {"micro_batch_size": 8}, "exchange": "rows"},
     "topk/adam": {"sae": SAES["topk"], "kind": "adam"},
     "topk/unit": {"sae": SAES["topk"], "optimizer": {"unit_norm_decoder": True}},
     "topk/8bit-rows": {
@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.ite
         "exchange": "rows",
         "optimizer": {"moments": "8bit"},
     },
-    "topk/bf16": {"sae": SAES["topk"], "compute_dtype": "bfloat16", "exchange": "rows"},
+    "topk/bf16": {"sae": SAES["topk"], "data": {"compute_dtype": "bfloat16"}, "exchange": "rows"},
     "standard/pairs": {"sae": SAES["standard"], "exchange": "pairs"},
     "jumprelu/pairs": {"sae": SAES["jumprelu-sparse"], "exchange": "pairs"},
     "traffic/rows": {"sae": TRAFFIC, "exchange": "rows", "log": {"every": STEPS}},
@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {name: {"sae": sae} for name, sae in SAES.ite
     "traffic/micro": {
         "sae": TRAFFIC,
         "exchange": "pairs",
-        "micro_batch_size": 8,
+        "data": {"micro_batch_size": 8},
         "log": {"every": STEPS},
     },
 }

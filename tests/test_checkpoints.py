@@ -20,6 +20,7 @@ from training_runs import (
     ROWS,
     B,
     D,
+    K,
     assert_same_bits,
     config,
     standard_config,
@@ -44,7 +45,7 @@ class TestResume:
         ids=["topk", "standard", "topk with bfloat16 products"],
     )
     def test_a_resumed_run_ends_like_one_never_stopped(self, kind, sae, compute, stop, tmp_path):
-        cfg = config(kind=kind, sae=sae, compute_dtype=compute, checkpoint={"every": 10})
+        cfg = config(kind=kind, sae=sae, data={"compute_dtype": compute}, checkpoint={"every": 10})
         whole = Trainer(cfg, device="cpu", out=tmp_path / "whole")
         train(whole)
         train(Trainer(cfg, device="cpu", out=tmp_path / "parts"), stop_before=stop)
@@ -179,11 +180,11 @@ class TestCheckpoints:
         "changes, named",
         [
             ({"seed": 1}, "seed: 0 then, 1 now"),
-            ({"steps": 61}, f"total_tokens: {60 * B} then, {61 * B} now"),
-            ({"kind": "adam"}, "optimizer: "),
-            ({"sae": topk_config(k=5)}, "sae: "),
+            ({"steps": 61}, f"data.total_tokens: {60 * B} then, {61 * B} now"),
+            ({"kind": "adam"}, "optimizer.kind: 'row_adam' then, 'adam' now"),
+            ({"sae": topk_config(k=5)}, f"sae.k: {K} then, 5 now"),
             ({"sae": standard_config()}, "architecture: 'topk' then, 'standard' now; "),
-            ({"batch_size": 2 * B}, f"batch_size: {B} then, {2 * B} now"),
+            ({"data": {"batch_size": 2 * B}}, f"data.batch_size: {B} then, {2 * B} now"),
         ],
         ids=["seed", "total_tokens", "optimizer", "sae", "variant", "batch_size"],
     )

@@ -38,7 +38,9 @@ class TestMemory:
         ids=["row_adam", "adam", "8bit", "bf16 moments", "bf16 masters", "signum"],
     )
     def test_what_stays_is_predicted_to_the_byte(self, sae, options, compute):
-        trainer = Trainer(config(sae=sae, optimizer=options, compute_dtype=compute), device="cpu")
+        trainer = Trainer(
+            config(sae=sae, optimizer=options, data={"compute_dtype": compute}), device="cpu"
+        )
         trainer.initialise(ROWS.rows)
         trainer.step(ROWS.batch(0))
         items = MemoryPlan({"": trainer.cfg}, CPU).items()
@@ -63,7 +65,7 @@ class TestMemory:
     def test_a_whole_step_is_predicted_on_a_gpu(self):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        cfg = config(sae=topk_config(d_in=768, d_sae=65_536, k=32), batch_size=4096)
+        cfg = config(sae=topk_config(d_in=768, d_sae=65_536, k=32), data={"batch_size": 4096})
         trainer = Trainer(cfg, device="cuda")
         trainer.initialise(torch.randn(4096, 768))
         for _ in range(3):
@@ -229,6 +231,6 @@ def test_nan_in_a_later_part_is_named_by_its_context():
 
 
 def test_the_step_of_a_plan_shrinks_with_its_parts():
-    cfgs = [config(micro_batch_size=m).resolved(CPU) for m in (None, B // 2)]
+    cfgs = [config(data={"micro_batch_size": m}).resolved(CPU) for m in (None, B // 2)]
     steps = [MemoryPlan({"": cfg}, CPU).items()["one step"] for cfg in cfgs]
     assert steps[1] < steps[0]

@@ -188,7 +188,8 @@ class TestTraffic:
     def test_nothing_of_size_B_F_is_sent(self):
         cfg = run_config("traffic/rows")
         wide = fastsae.TrainConfig(
-            sae=fastsae.TopKConfig(d_in=64, d_sae=1 << 20, k=5), total_tokens=1, batch_size=4096
+            sae=fastsae.TopKConfig(d_in=64, d_sae=1 << 20, k=5),
+            data=fastsae.DataConfig(total_tokens=1, batch_size=4096),
         )
         tp = step_bytes(wide.resolved(torch.device("cpu")), Extent(1, 8), row_itemsize=4)
         assert cfg.sae.k == 5 and tp["all_gather over tp"] + tp["all_reduce over tp"] < 4096 * 1024
@@ -310,7 +311,7 @@ class TestRules:
     @pytest.mark.parametrize(
         ("changes", "mesh", "message"),
         [
-            ({"batch_size": 30}, Extent(2, 2), "batch_size must be a multiple of"),
+            ({"data": {"batch_size": 30}}, Extent(2, 2), "batch_size must be a multiple of"),
             ({"resample_every": 3}, Extent(2, 1), "resample_every must be None"),
             ({"kind": "muon"}, Extent(1, 2), "tp must be 1 for kind 'muon'"),
             (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastsae import SAE, OptimizerConfig, TopKConfig, TrainConfig, Trainer
+from fastsae import SAE, DataConfig, OptimizerConfig, TopKConfig, TrainConfig, Trainer
 from fastsae.files import replacing, write_json
 
 resource = pytest.importorskip("resource", reason="limits on file sizes are POSIX's")
@@ -27,7 +27,8 @@ def file_size_limit(n_bytes):
 def trainer_with_a_checkpoint(folder):
     sae = TopKConfig(d_in=16, d_sae=2048, k=4)
     optimizer = OptimizerConfig(lr=1e-3)
-    cfg = TrainConfig(sae=sae, total_tokens=640, batch_size=64, optimizer=optimizer)
+    data = DataConfig(total_tokens=640, batch_size=64)
+    cfg = TrainConfig(sae=sae, data=data, optimizer=optimizer)
     trainer = Trainer(cfg, device="cpu", out=folder)
     trainer.step(torch.randn(64, 16))
     trainer.save()

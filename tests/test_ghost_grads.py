@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fastsae import OptimizerConfig, ScheduleConfig, StandardConfig, TrainConfig, Trainer
+from fastsae import (
+    DataConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StandardConfig,
+    TrainConfig,
+    Trainer,
+)
 from fastsae.saes import StandardSAE
 from fastsae_kernels import workspace
 from parity import relative_error
@@ -62,8 +69,7 @@ def test_row_adam_takes_the_same_steps_as_adam():
         optimizer = OptimizerConfig(kind=kind, lr=1e-3)
         cfg = TrainConfig(
             sae=sae.cfg,
-            total_tokens=20 * B,
-            batch_size=B,
+            data=DataConfig(total_tokens=20 * B, batch_size=B),
             dead_window=B,
             optimizer=optimizer,
             schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),

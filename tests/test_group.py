@@ -148,12 +148,13 @@ def test_a_signal_saves_all(tmp_path):
         ({"a/b": config()}, "cfgs must have names that are folders' names, got 'a/b'"),
         ({"..": config()}, "cfgs must have names that are folders' names, got '..'"),
         (
-            {"a": config(), "b": config(batch_size=2 * B)},
-            f"batch_size must be one for all runs of a group, got {B} for 'a' and {2 * B} for 'b'",
+            {"a": config(), "b": config(data={"batch_size": 2 * B})},
+            "data.batch_size must be one for all runs of a group, "
+            f"got {B} for 'a' and {2 * B} for 'b'",
         ),
         (
             {"a": config(60), "b": config(61)},
-            "total_tokens must be one for all runs of a group",
+            "data.total_tokens must be one for all runs of a group",
         ),
     ],
     ids=["none", "path", "parent", "batch_size", "total_tokens"],

@@ -10,7 +10,7 @@ from fastsae.training import defaults
 from fastsae.training.narrow_state import MOMENTS, new_moments
 from fastsae.training.resampling import resample
 from parity import relative_error
-from training_runs import ROWS, B, D, F, assert_same_bits, config, state, topk_config, train
+from training_runs import ROWS, D, F, assert_same_bits, config, state, topk_config, train
 
 NARROW = {
     "bfloat16 moments": {"moments": "bfloat16"},
@@ -256,4 +256,4 @@ def test_an_optimizer_is_refused(changes, message):
 
 def test_a_resampling_out_of_range_is_refused():
     with pytest.raises(ValueError, match="resample_every must be at least 1 or None, got 0"):
-        config(resample_every=0, total_tokens=B)
+        config(resample_every=0)

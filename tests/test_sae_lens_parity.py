@@ -8,6 +8,7 @@ import torch
 
 import fastsae
 from fastsae import (
+    DataConfig,
     OptimizerConfig,
     ScheduleConfig,
     StandardConfig,
@@ -294,8 +295,7 @@ def test_training_steps_give_the_same_weights(peer, architecture, kind):
     optimizer = OptimizerConfig(kind=kind, lr=LR, betas=(0.9, 0.999), clip_norm=1.0)
     cfg = TrainConfig(
         sae=ours.cfg,
-        total_tokens=1000 * B,
-        batch_size=B,
+        data=DataConfig(total_tokens=1000 * B, batch_size=B),
         dead_window=4 * B,
         optimizer=optimizer,
         schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import TemporalConfig, TemporalSAE, TrainConfig
+from fastsae import DataConfig, TemporalConfig, TemporalSAE, TrainConfig
 from fastsae.sae_lens import hooked
 from parity import relative_error
 
@@ -112,7 +112,7 @@ def test_a_position_knows_nothing_of_later_ones(peer):
 def test_what_a_temporal_sae_cannot_do_is_named():
     sae = TemporalSAE(TemporalConfig(**SHAPE))
     with pytest.raises(ValueError, match="must be one that can be trained, got 'temporal'"):
-        TrainConfig(sae=sae.cfg, total_tokens=100, batch_size=10)
+        TrainConfig(sae=sae.cfg, data=DataConfig(total_tokens=100, batch_size=10))
     with pytest.raises(ValueError, match="must be one that can be trained, got 'temporal'"):
         sae.loss(torch.randn(4, D))
     eye = torch.eye(D, dtype=torch.float64)

@@ -8,6 +8,7 @@ import torch
 
 from fastsae import (
     CheckpointConfig,
+    DataConfig,
     LogConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -51,9 +52,11 @@ class TestDefaults:
         assert defaults.batch_size(torch.device(device), tokens) == batch_size
 
     def test_everything_left_at_none_is_resolved(self):
-        cfg = TrainConfig(sae=topk_config(d_sae=4608 * 4), total_tokens=1_000_000).resolved(CPU)
+        cfg = TrainConfig(
+            sae=topk_config(d_sae=4608 * 4), data=DataConfig(total_tokens=1_000_000)
+        ).resolved(CPU)
         steps = 1_000_000 // 1024
-        assert (cfg.batch_size, cfg.total_steps) == (1024, steps)
+        assert (cfg.data.batch_size, cfg.total_steps) == (1024, steps)
         assert cfg.optimizer.lr == pytest.approx(3e-3 / 2)
         assert cfg.schedule.warm_up_steps == steps // 16
         assert cfg.schedule.decay_steps == steps - steps // 16
@@ -61,7 +64,7 @@ class TestDefaults:
         cosine = replace(cfg, schedule=ScheduleConfig(lr_curve="cosine")).resolved(CPU)
         assert cosine.schedule.decay_steps == steps // 2
         assert cfg.dead_window == 100_000
-        assert cfg.compute_dtype == "float32"
+        assert cfg.data.compute_dtype == "float32"
 
     @pytest.mark.parametrize(
         "device, sae, compute",
@@ -76,7 +79,7 @@ class TestDefaults:
         assert defaults.compute_dtype(torch.device(device), sae) == compute
 
     def test_long_runs_meet_the_ceilings(self):
-        cfg = TrainConfig(sae=topk_config(), total_tokens=10**9).resolved(CPU)
+        cfg = TrainConfig(sae=topk_config(), data=DataConfig(total_tokens=10**9)).resolved(CPU)
         assert cfg.schedule.warm_up_steps == 1000
         assert cfg.dead_window == 10_000_000
 
@@ -84,10 +87,13 @@ class TestDefaults:
         schedule = ScheduleConfig(lr_end=0.1, warm_up_steps=0, decay_steps=0)
         cfg = TrainConfig(
             sae=topk_config(),
-            total_tokens=1_000_000,
-            batch_size=100,
+            data=DataConfig(
+                total_tokens=1_000_000,
+                batch_size=100,
+                micro_batch_size=50,
+                compute_dtype="bfloat16",
+            ),
             dead_window=7,
-            compute_dtype="bfloat16",
             W_dec_init="random",
             optimizer=OptimizerConfig(lr=0.5),
             schedule=schedule,
@@ -227,7 +233,7 @@ class TestStep:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_copies_for_the_products_are_the_weights_rounded_after_every_step(self, kind):
-        trainer = Trainer(config(kind=kind, compute_dtype="bfloat16"), device="cpu")
+        trainer = Trainer(config(kind=kind, data={"compute_dtype": "bfloat16"}), device="cpu")
         copies = dict(trainer.sae.compute_copies)
         assert set(copies) == {"W_enc", "W_dec"}
         for step in range(3):
@@ -241,7 +247,7 @@ class TestStep:
     def test_bfloat16_products_move_float32_weights_about_the_same(self):
         losses = {}
         for dtype in ("float32", "bfloat16"):
-            trainer = Trainer(config(compute_dtype=dtype), device="cpu")
+            trainer = Trainer(config(data={"compute_dtype": dtype}), device="cpu")
             trainer.initialise(ROWS.rows)
             losses[dtype] = [float(trainer.step(ROWS.batch(i)).terms["mse"]) for i in range(20)]
             assert {p.dtype for p in trainer.sae.parameters()} == {torch.float32}
@@ -338,10 +344,12 @@ class TestShuffledRows:
 
 
 BAD_RUNS = {
-    "total_tokens must be at least 1, got 0": {"total_tokens": 0},
-    "batch_size must be at least 1 or None, got 0": {"batch_size": 0},
+    "total_tokens must be at least 1, got 0": {"data": {"total_tokens": 0}},
+    "batch_size must be at least 1 or None, got 0": {"data": {"batch_size": 0}},
     "dead_window must be at least 1 or None, got -1": {"dead_window": -1},
-    "compute_dtype must name a floating torch dtype, got 'half8'": {"compute_dtype": "half8"},
+    "compute_dtype must name a floating torch dtype, got 'half8'": {
+        "data": {"compute_dtype": "half8"}
+    },
 }
 
 
@@ -353,7 +361,7 @@ def factor_of(trainer):
 @pytest.mark.parametrize("message", BAD_RUNS)
 def test_config_is_refused(message):
     with pytest.raises(ValueError) as caught:
-        replace(config(), **BAD_RUNS[message])
+        config(**BAD_RUNS[message])
     assert str(caught.value) == message
 
 
@@ -397,4 +405,4 @@ def test_the_host_does_not_wait_for_pinned_rows_to_travel():
 
 def test_steps_of_an_unresolved_run_are_refused():
     with pytest.raises(ValueError, match="batch_size must be resolved before total_steps"):
-        _ = replace(config(), batch_size=None).total_steps
+        _ = config(data={"batch_size": None}).total_steps

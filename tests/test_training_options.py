@@ -90,7 +90,9 @@ def test_decoder_rows_stay_on_the_sphere_by_either_optimizer(sae):
 @pytest.mark.parametrize("width", [16, 24])
 def test_micro_batches_give_the_gradient_of_the_batch(kind, sae, width):
     runs = [
-        Trainer(config(20, kind, sae, micro_batch_size=m, dead_window=3 * B), device="cpu")
+        Trainer(
+            config(20, kind, sae, data={"micro_batch_size": m}, dead_window=3 * B), device="cpu"
+        )
         for m in (None, width)
     ]
     for trainer in runs:
@@ -240,7 +242,7 @@ def test_a_wrong_option_is_named(changes, message):
     with pytest.raises(ValueError, match="W_dec_init must be one of"):
         config(W_dec_init="data")
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
-        config(micro_batch_size=0)
+        config(data={"micro_batch_size": 0})
 
 
 def test_checkpoints_at_multiples_are_kept(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.providers.sae_lens import sae_lens_config
-from fastsae import OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
+from fastsae import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from sae_lens_pairs import AUXILIARY, CASES, RUN_TIME, TERMS, B, D, F, assert_close, pair, rows
 
 STEPS, LR, TOLERANCE = 20, 1e-3, 1e-3
@@ -71,8 +71,7 @@ def trainers(ours, theirs, dead_after):
     kind = "adam" if ours.cfg.architecture == "matching_pursuit" else "row_adam"
     cfg = TrainConfig(
         sae=ours.cfg,
-        total_tokens=NEVER * B,
-        batch_size=B,
+        data=DataConfig(total_tokens=NEVER * B, batch_size=B),
         dead_window=dead_after * B,
         optimizer=OptimizerConfig(kind=kind, lr=LR, betas=(0.9, 0.999), clip_norm=1.0),
         schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import SAES, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
+from fastsae import SAES, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from fastsae_kernels import workspace
 from sae_lens_pairs import (
     AUXILIARY,
@@ -182,8 +182,7 @@ def test_row_adam_gives_the_weights_of_adam(case):
         optimizer = OptimizerConfig(kind=kind, lr=1e-3)
         cfg = TrainConfig(
             sae=replace(config, normalize_activations="covariance_whitening"),
-            total_tokens=40 * B,
-            batch_size=B,
+            data=DataConfig(total_tokens=40 * B, batch_size=B),
             dead_window=2 * B,
             optimizer=optimizer,
             schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
@@ -266,8 +265,7 @@ def test_transcoders_learn_and_export_takes_rows_as_they_are(architecture, kind)
     )
     cfg = TrainConfig(
         sae=config,
-        total_tokens=300 * B,
-        batch_size=B,
+        data=DataConfig(total_tokens=300 * B, batch_size=B),
         optimizer=OptimizerConfig(kind=kind, lr=3e-3),
         schedule=ScheduleConfig(warm_up_steps=0, decay_steps=0),
     )
@@ -287,10 +285,14 @@ def test_transcoders_learn_and_export_takes_rows_as_they_are(architecture, kind)
 
 def test_a_target_is_for_transcoders():
     config = fastsae.TopKConfig(d_in=D, d_sae=F, k=4)
-    trainer = Trainer(TrainConfig(sae=config, total_tokens=B, batch_size=B), device="cpu")
+    trainer = Trainer(
+        TrainConfig(sae=config, data=DataConfig(total_tokens=B, batch_size=B)), device="cpu"
+    )
     with pytest.raises(ValueError, match="target must be given for transcoders and for nothing"):
         trainer.step(rows(), rows())
     config = fastsae.TranscoderConfig(d_in=D, d_out=D, d_sae=F)
-    trainer = Trainer(TrainConfig(sae=config, total_tokens=B, batch_size=B), device="cpu")
+    trainer = Trainer(
+        TrainConfig(sae=config, data=DataConfig(total_tokens=B, batch_size=B)), device="cpu"
+    )
     with pytest.raises(ValueError, match="target must be given .* got None"):
         trainer.step(rows())

@@ -6,6 +6,7 @@ import torch
 
 from fastsae import (
     CheckpointConfig,
+    DataConfig,
     LogConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -40,11 +41,12 @@ def standard_config(**changes):
 
 
 def config(steps=60, kind="row_adam", sae=None, optimizer=None, **changes: Any):
-    """optimizer, schedule, log and checkpoint are what differs in those parts."""
+    """data, optimizer, schedule, log and checkpoint are what differs in those parts."""
     values = {
         "sae": sae or topk_config(),
-        "total_tokens": steps * B,
-        "batch_size": B,
+        "data": DataConfig(
+            **{"total_tokens": steps * B, "batch_size": B, **changes.pop("data", {})}
+        ),
         "dead_window": 10 * B,
         "optimizer": OptimizerConfig(**{"kind": kind, "lr": 3e-3, **(optimizer or {})}),
         "schedule": ScheduleConfig(**changes.pop("schedule", {})),

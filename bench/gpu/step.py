@@ -122,9 +122,10 @@ def _plain(case: Case, loss_of: Callable[..., Tensor]) -> Step:
 
 def trainer_step(case: Case) -> Step:
     """fastsae's own trainer, with everything it does by default: clipping, AuxK, counters."""
-    from fastsae import TopKConfig, TrainConfig, Trainer
+    from fastsae import DataConfig, TopKConfig, TrainConfig, Trainer
 
     sae = TopKConfig(d_in=case.D, d_sae=case.F, k=case.K)
-    cfg = TrainConfig(sae=sae, total_tokens=10_000 * case.B, batch_size=case.B)
+    data = DataConfig(total_tokens=10_000 * case.B, batch_size=case.B)
+    cfg = TrainConfig(sae=sae, data=data)
     trainer = Trainer(cfg, device=DEVICE)
     return lambda x: trainer.step(x).total.detach()

@@ -146,7 +146,7 @@ def every_variant(scale: Scale, report: Report) -> None:
     """fastsae's trainer on the same rows, bf16 products: each architecture learns, twice alike."""
     if importlib.util.find_spec("jaxtyping") is None:
         return report.note("fastsae's own trainer left out: jaxtyping absent")
-    from fastsae import OptimizerConfig, TrainConfig, Trainer
+    from fastsae import DataConfig, OptimizerConfig, TrainConfig, Trainer
     from fastsae.saes import SAES
     from fastsae.saes.transcoder import Transcodes
 
@@ -164,9 +164,8 @@ def every_variant(scale: Scale, report: Report) -> None:
             # The gradient of a matching pursuit is made by plain autograd.
             kind = "adam" if name == "matching_pursuit" else "row_adam"
             optimizer = OptimizerConfig(kind=kind)
-            train = TrainConfig(
-                sae=cfg, total_tokens=n * case.B, batch_size=case.B, optimizer=optimizer
-            )
+            data = DataConfig(total_tokens=n * case.B, batch_size=case.B)
+            train = TrainConfig(sae=cfg, data=data, optimizer=optimizer)
             trainer = Trainer(train, device=DEVICE)
             # A transcoder predicts its input here: what counts is that it learns.
             transcodes = isinstance(trainer.sae, Transcodes)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.cases import Start
 from bench.providers.base import LR, Step
-from fastsae import OptimizerConfig, ScheduleConfig, TopKConfig, TrainConfig, Trainer
+from fastsae import DataConfig, OptimizerConfig, ScheduleConfig, TopKConfig, TrainConfig, Trainer
 from fastsae_kernels import Impl
 
 
@@ -26,8 +26,7 @@ def fastsae_step(
     trainer = Trainer(
         TrainConfig(
             sae=sae_cfg,
-            total_tokens=10**6 * case.B,
-            batch_size=case.B,
+            data=DataConfig(total_tokens=10**6 * case.B, batch_size=case.B),
             optimizer=optimizer,
             schedule=ScheduleConfig(warm_up_steps=0),
             dead_window=10**12,

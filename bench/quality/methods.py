@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.clock import Clock, held_out_fvu
 from bench.providers.base import quiet
 from bench.providers.sae_lens import sae_lens_config
-from fastsae import SAE, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
+from fastsae import SAE, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig, Trainer
 from fastsae.data.batches import ShuffledRows
 from fastsae.saes import SAES, SAEConfig
 from fastsae.training.defaults import sae_fields
@@ -79,8 +79,7 @@ def train_fastsae(
     W_dec_init = rest.pop("W_dec_init", None)
     run = TrainConfig(
         sae=sae_config(setting, rows.shape[1], **rest),
-        total_tokens=setting.tokens,
-        batch_size=batch_size,
+        data=DataConfig(total_tokens=setting.tokens, batch_size=batch_size),
         seed=seed,
         optimizer=OptimizerConfig(lr=lr, betas=(0.9, beta2)),
         schedule=ScheduleConfig(warm_up_steps=warm_up, decay_steps=decay),

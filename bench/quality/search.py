@@ -8,7 +8,7 @@ import torch
 
 from bench.quality.methods import Options, Setting, sae_config
 from bench.quality.results import saved
-from fastsae import TrainConfig
+from fastsae import DataConfig, TrainConfig
 
 SEED = 1000
 """Of the trials: not one that the comparison trains with."""
@@ -44,11 +44,10 @@ def trial(library: str, number: int, setting: Setting) -> Options:
 
 def our_defaults(setting: Setting) -> Options:
     """Written out, so that rows say what the defaults were when they were made."""
-    run = TrainConfig(sae=sae_config(setting, 1), total_tokens=setting.tokens).resolved(
-        torch.device("cpu")
-    )
+    data = DataConfig(total_tokens=setting.tokens)
+    run = TrainConfig(sae=sae_config(setting, 1), data=data).resolved(torch.device("cpu"))
     return {
-        "batch_size": run.batch_size,
+        "batch_size": run.data.batch_size,
         "lr": run.optimizer.lr,
         "beta2": run.optimizer.betas[1],
         "warm_up": (run.schedule.warm_up_steps or 0) / run.total_steps,

@@ -25,7 +25,7 @@ from fastsae.distributed.gradients import Exchange
 from fastsae.distributed.mesh import Extent
 from fastsae.distributed.shards import range_of
 from fastsae.saes import TopKConfig
-from fastsae.training.config import Moments, OptimizerConfig, TrainConfig
+from fastsae.training.config import DataConfig, Moments, OptimizerConfig, TrainConfig
 from fastsae.training.memory import MOMENT_BYTES, MemoryPlan, shown
 from fastsae.training.split import exchange_of, traffic_of
 
@@ -110,14 +110,16 @@ class Plan:
     def config(self) -> TrainConfig:
         cfg = TrainConfig(
             sae=TopKConfig(d_in=self.d_in, d_sae=self.d_sae, k=self.k, dtype=self.dtype),
-            total_tokens=max(self.tokens, self.batch_size),
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
+            data=DataConfig(
+                total_tokens=max(self.tokens, self.batch_size),
+                batch_size=self.batch_size,
+                micro_batch_size=self.micro_batch_size,
+                compute_dtype="bfloat16",
+            ),
             optimizer=OptimizerConfig(
                 moments=self.moments,
                 rounding="stochastic" if self.dtype == "bfloat16" else "nearest",
             ),
-            compute_dtype="bfloat16",
         )
         return cfg.resolved(torch.device("cpu"))
 
@@ -164,11 +166,11 @@ def step_bytes(
         row_itemsize: bytes of an element of the rows that are handed in.
         n_pairs: active pairs of the process that has most; None: K / tp a row, rounded up.
     """
-    assert isinstance(cfg.sae, TopKConfig) and cfg.batch_size is not None
+    assert isinstance(cfg.sae, TopKConfig) and cfg.data.batch_size is not None
     sent: Counter[str] = Counter()
     dp, tp, d = mesh.dp, mesh.tp, cfg.sae.d_in
-    part, latents = cfg.batch_size // dp, len(range_of(cfg.sae.d_sae, tp, 0))
-    pieces = -(-part // (cfg.micro_batch_size or part))
+    part, latents = cfg.data.batch_size // dp, len(range_of(cfg.sae.d_sae, tp, 0))
+    pieces = -(-part // (cfg.data.micro_batch_size or part))
 
     def gather(axis: str, n: int, n_bytes: int) -> None:
         sent[f"all_gather over {axis}"] += (n - 1) * n_bytes

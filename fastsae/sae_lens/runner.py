@@ -25,6 +25,7 @@ from fastsae.sae_lens.wandb_log import WandbLog
 from fastsae.saes import SAE
 from fastsae.training import (
     CheckpointConfig,
+    DataConfig,
     LogConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -188,8 +189,11 @@ class LanguageModelSAETrainingRunner:
             sae=replace(
                 sae, reshape_activations="none", metadata={**sae.metadata, **metadata}
             ),  # the store flattens heads
-            total_tokens=cfg.training_tokens,
-            batch_size=cfg.train_batch_size_tokens,
+            data=DataConfig(
+                total_tokens=cfg.training_tokens,
+                batch_size=cfg.train_batch_size_tokens,
+                compute_dtype="bfloat16" if cfg.autocast and cfg.device != "cpu" else sae.dtype,
+            ),
             optimizer=OptimizerConfig(
                 kind="row_adam" if row_gradients else "adam",
                 lr=cfg.lr,
@@ -209,7 +213,6 @@ class LanguageModelSAETrainingRunner:
                 keep=cfg.n_checkpoints + 1,
                 at_end=cfg.save_final_checkpoint,
             ),
-            compute_dtype="bfloat16" if cfg.autocast and cfg.device != "cpu" else sae.dtype,
             dead_window=cfg.dead_feature_window * cfg.train_batch_size_tokens,
             b_dec_init=cfg.b_dec_init,
             W_dec_init="random",
@@ -224,7 +227,7 @@ class LanguageModelSAETrainingRunner:
 
     def _bar(self) -> Any:
         tqdm = require("tqdm.auto", extra="train").tqdm
-        total = self.trainer.cfg.total_tokens
+        total = self.trainer.cfg.data.total_tokens
         return tqdm(total=total, unit="tok", unit_scale=True, disable=not self.cfg.verbose)
 
     def _save(self, sae: SAE, folder: Path) -> None:

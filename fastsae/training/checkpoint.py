@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -116,7 +116,7 @@ def load_checkpoint(trainer: "Trainer", path: Path) -> None:
         tensors = {} if sharded else load_file(path / TENSORS)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    ours, theirs = _config(trainer), state["config"]
+    ours, theirs = (dict(_by_field(cfg)) for cfg in (_config(trainer), state["config"]))
     changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
     if changed:
         listing = "; ".join(f"{k}: {theirs.get(k)!r} then, {ours.get(k)!r} now" for k in changed)
@@ -196,6 +196,15 @@ def _config(trainer: "Trainer") -> dict[str, object]:
     """What a resumed run must share: everything but how often it logs and saves."""
     values = asdict(trainer.cfg) | {"architecture": trainer.cfg.sae.architecture}
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
+
+
+def _by_field(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Each value with its name, such as `data.batch_size`."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _by_field(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -20,6 +20,36 @@ Exchanged = Literal["auto", "pairs", "rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run draws: how many tokens, and in which parts."""
+
+    total_tokens: int
+    """Tokens the run is made of; batches are drawn until they are used up."""
+    batch_size: int | None = None
+    """Tokens a step; None: by device and length of the run, 256 to 2048 (8192 on a GPU)."""
+    micro_batch_size: int | None = None
+    """Tokens whose gradient is computed at once, where a whole batch takes too much memory; the
+    gradient is the batch's (BatchTopK selects within each part). None: the batch."""
+    compute_dtype: str | None = None
+    """Dtype of the rows and so of the encoder's product; weights and sums stay in the SAE's dtype.
+    None: bfloat16 on a GPU, the SAE's dtype elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype is not None:
+            float_dtype("compute_dtype", self.compute_dtype)
+        check_counts(self, "total_tokens")
+        check_counts(self, "batch_size", "micro_batch_size", optional=True)
+
+    def resolved(self, device: torch.device, sae_dtype: str) -> "DataConfig":
+        """On a device, for an SAE's dtype, with every None replaced by its default."""
+        return replace(
+            self,
+            batch_size=self.batch_size or defaults.batch_size(device, self.total_tokens),
+            compute_dtype=self.compute_dtype or defaults.compute_dtype(device, sae_dtype),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Adam, or what steps in its place."""
 
@@ -147,13 +177,7 @@ class TrainConfig:
     """One SAE, one stream of activations."""
 
     sae: SAEConfig
-    total_tokens: int
-    """Tokens the run is made of; batches are drawn until they are used up."""
-    batch_size: int | None = None
-    """Tokens a step; None: by device and length of the run, 256 to 2048 (8192 on a GPU)."""
-    micro_batch_size: int | None = None
-    """Tokens whose gradient is computed at once, where a whole batch takes too much memory; the
-    gradient is the batch's (BatchTopK selects within each part). None: the batch."""
+    data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -162,9 +186,6 @@ class TrainConfig:
     """What processes that have parts of a batch send each other: the active `pairs` and the rows
     they refer to, or dense gradients by `rows` of the dictionary, of whose moments each process
     then has a part only; `auto`: the fewer bytes."""
-    compute_dtype: str | None = None
-    """Dtype of the rows and so of the encoder's product; weights and sums stay in the SAE's dtype.
-    None: bfloat16 on a GPU, the SAE's dtype elsewhere."""
     dead_window: int | None = None
     """Tokens without firing after which a latent is dead; None: 10 % of the run, at most 10M."""
     b_dec_init: Centre = "mean"
@@ -193,30 +214,23 @@ class TrainConfig:
             raise ValueError(
                 f"exchange must be 'auto' or 'pairs' for kind {self.optimizer.kind!r}, got 'rows'"
             )
-        if self.compute_dtype is not None:
-            float_dtype("compute_dtype", self.compute_dtype)
-        check_counts(self, "total_tokens")
-        optional = ("batch_size", "micro_batch_size", "dead_window", "resample_every")
-        check_counts(self, *optional, optional=True)
+        check_counts(self, "dead_window", "resample_every", optional=True)
 
     def resolved(self, device: torch.device) -> "TrainConfig":
         """The same run with every None replaced by its default."""
-        batch_size = self.batch_size or defaults.batch_size(device, self.total_tokens)
-        steps = max(1, self.total_tokens // batch_size)
         optimizer = self.optimizer
         lr = optimizer.lr or defaults.learning_rate(self.sae.d_sae, optimizer.kind)
-        return replace(
+        run = replace(
             self,
-            batch_size=batch_size,
-            compute_dtype=self.compute_dtype or defaults.compute_dtype(device, self.sae.dtype),
-            dead_window=self.dead_window or defaults.dead_window(self.total_tokens),
+            data=self.data.resolved(device, self.sae.dtype),
+            dead_window=self.dead_window or defaults.dead_window(self.data.total_tokens),
             W_dec_init=self.W_dec_init or defaults.directions(self.sae.architecture),
             optimizer=replace(optimizer, lr=lr),
-            schedule=self.schedule.resolved(steps, lr),
         )
+        return replace(run, schedule=self.schedule.resolved(run.total_steps, lr))
 
     @property
     def total_steps(self) -> int:
-        if self.batch_size is None:
+        if self.data.batch_size is None:
             raise ValueError("batch_size must be resolved before total_steps is known, got None")
-        return max(1, self.total_tokens // self.batch_size)
+        return max(1, self.data.total_tokens // self.data.batch_size)

@@ -15,7 +15,7 @@ from fastsae.training.loop import fit_together
 from fastsae.training.memory import MemoryPlan, explained
 from fastsae.training.trainer import Batch, Sample, Trainer
 
-SHARED = ("total_tokens", "batch_size", "checkpoint.every")
+SHARED = ("data.total_tokens", "data.batch_size", "checkpoint.every")
 """What the runs of a group must agree on: they draw the same batches and are saved together."""
 
 
@@ -26,7 +26,8 @@ class TrainerGroup:
     itself), and ends with the bits that it would have if it were trained alone on those batches.
 
     Args:
-        cfgs: a run for each name; total_tokens, batch_size and checkpoint.every must agree.
+        cfgs: a run for each name; data.total_tokens, data.batch_size and checkpoint.every must
+            agree.
         device: `auto`, or where to compute.
         out: folder of the runs' folders; None: nothing is written.
         starts: trained SAEs that some of the runs start from, by name.
@@ -80,7 +81,7 @@ class TrainerGroup:
 
     @property
     def batch_size(self) -> int:
-        return self._one.cfg.batch_size or 1
+        return self._one.cfg.data.batch_size or 1
 
     @property
     def _one(self) -> Trainer:

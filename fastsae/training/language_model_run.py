@@ -20,7 +20,7 @@ from fastsae.files import write_json
 from fastsae.interop.formats import load_sae
 from fastsae.saes import SAE, SAES, SAEConfig
 from fastsae.training import defaults
-from fastsae.training.config import CheckpointConfig, LogConfig, TrainConfig
+from fastsae.training.config import CheckpointConfig, DataConfig, LogConfig, TrainConfig
 from fastsae.training.group import TrainerGroup
 from fastsae.training.interruption import Interrupted, stop_requested
 from fastsae.training.memory import MemoryPlan, explained
@@ -278,9 +278,11 @@ def _config(
     }
     cfg = TrainConfig(
         sae=SAES[one.variant].config_class(**shape),
-        total_tokens=run.tokens,
-        batch_size=run.batch_size,
-        micro_batch_size=run.micro_batch_size,
+        data=DataConfig(
+            total_tokens=run.tokens,
+            batch_size=run.batch_size,
+            micro_batch_size=run.micro_batch_size,
+        ),
         optimizer=one.optimizer,
         schedule=one.schedule,
         b_dec_init=one.b_dec_init,

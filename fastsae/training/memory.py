@@ -127,7 +127,7 @@ def _kept(cfg: TrainConfig, mesh: Extent) -> dict[str, int]:
     splits_rows = exchange_of(cfg, mesh) == "rows" and mesh.dp > 1
     optimizer = cfg.optimizer
     weights = moments = gradients = copies = 0
-    compute = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
+    compute = getattr(torch, cfg.data.compute_dtype or cfg.sae.dtype)
     for name, p in sae.named_parameters():
         in_dictionary = name in DICTIONARY
         weights += p.nbytes
@@ -153,8 +153,8 @@ def _kept(cfg: TrainConfig, mesh: Extent) -> dict[str, int]:
 
 def _step(cfg: TrainConfig, device: torch.device, mesh: Extent) -> int:
     """Rows and errors of a batch, the pairs of a part of it, and the workspace."""
-    batch = (cfg.batch_size or 0) // mesh.dp
-    part = min(cfg.micro_batch_size or batch, batch)
+    batch = (cfg.data.batch_size or 0) // mesh.dp
+    part = min(cfg.data.micro_batch_size or batch, batch)
     width = max(cfg.sae.d_in, cfg.sae.d_out)
     pairs = part * int(getattr(cfg.sae, "k", 0)) * BYTES_A_PAIR
     dense = 4 * part * len(range_of(cfg.sae.d_sae, mesh.tp, 0))
@@ -164,8 +164,9 @@ def _step(cfg: TrainConfig, device: torch.device, mesh: Extent) -> int:
 
 
 def _in_parts(cfg: TrainConfig) -> TrainConfig:
-    part = min(cfg.micro_batch_size or cfg.batch_size or 1, cfg.batch_size or 1)
-    return replace(cfg, micro_batch_size=max(1, part // 2))
+    batch = cfg.data.batch_size or 1
+    part = min(cfg.data.micro_batch_size or batch, batch)
+    return replace(cfg, data=replace(cfg.data, micro_batch_size=max(1, part // 2)))
 
 
 def _with_moments(cfg: TrainConfig) -> TrainConfig:

@@ -24,11 +24,11 @@ def check_split(cfg: TrainConfig, mesh: Extent) -> None:
     """Raise ValueError where a resolved run cannot be split over a mesh."""
     if mesh.size == 1:
         return
-    assert cfg.batch_size is not None
-    if cfg.batch_size % mesh.size:
+    assert cfg.data.batch_size is not None
+    if cfg.data.batch_size % mesh.size:
         raise ValueError(
             f"batch_size must be a multiple of the number of processes {mesh.size}, "
-            f"got {cfg.batch_size}"
+            f"got {cfg.data.batch_size}"
         )
     if cfg.resample_every is not None:
         raise ValueError(
@@ -56,17 +56,17 @@ def exchange_of(cfg: TrainConfig, mesh: Extent) -> Exchange:
     k = getattr(cfg.sae, "k", None)
     if k is None:  # a code of thresholds may be nearly dense at first
         return "rows"
-    return traffic_of(cfg, mesh, int((cfg.batch_size or 0) // mesh.dp * k / mesh.tp)).cheaper
+    return traffic_of(cfg, mesh, int((cfg.data.batch_size or 0) // mesh.dp * k / mesh.tp)).cheaper
 
 
 def traffic_of(cfg: TrainConfig, mesh: Extent, n_pairs: int) -> Traffic:
     """Between the parts of a run's batches, with so many active pairs on a shard of a part."""
     return traffic(
         mesh,
-        rows=(cfg.batch_size or 0) // mesh.dp,
+        rows=(cfg.data.batch_size or 0) // mesh.dp,
         d_in=cfg.sae.d_in,
         d_out=cfg.sae.d_out,
         d_sae=cfg.sae.d_sae,
         n_pairs=n_pairs,
-        itemsize=getattr(torch, cfg.compute_dtype or cfg.sae.dtype).itemsize,
+        itemsize=getattr(torch, cfg.data.compute_dtype or cfg.sae.dtype).itemsize,
     )

@@ -50,7 +50,7 @@ class Update:
             self.device,
             anywhere=lambda here: mesh.sum(here.int(), "tp") > 0,
         )
-        self.compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype or cfg.sae.dtype)
+        self.compute_dtype: torch.dtype = getattr(torch, cfg.data.compute_dtype or cfg.sae.dtype)
         self.copy_weights()
         self.steps_done = 0
         self.scaling = build_scaling(cfg.sae.normalize_activations)
@@ -124,7 +124,7 @@ class Update:
         """The batch's loss, its gradient left with the optimizer; a micro-batch at a time."""
         dead = self.dead.dead() if self.dead.any() else None
         dtype = self.sae.dtype
-        width = self.cfg.micro_batch_size or len(x)
+        width = self.cfg.data.micro_batch_size or len(x)
         targets = [None] * -(-len(x) // width) if target is None else target.split(width)
         losses = []
         for rows, wanted in zip(x.split(width), targets, strict=True):
