@@ -136,7 +136,7 @@ def run_sae_lens(job: Job, clock: Clock, **flags: bool) -> list[SAE]:
     return [_sae_lens_at(job, layer, clock, flags) for layer in job.layers]
 
 
-def _sae_lens_at(job: Job, layer: int, clock: Clock, flags: dict[str, bool]) -> SAE:
+def _sae_lens_at(job: Job, layer: int, clock: Clock, flags: dict[str, Any]) -> SAE:
     """On the same contexts, pretokenised."""
     from datasets import Dataset
     from sae_lens import (

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Start, batch, find_case
-from bench.measure import Run
 from bench.ops import PARITY
 from bench.ops import _differs as op_differs
 from bench.providers import PROVIDERS, find_provider
 from bench.providers.base import Step
-from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs
+from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs, Run
 from bench.train_step import differs
 from fastsae_kernels._dispatch import interpreted
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -469,7 +470,7 @@ def test_the_flags_of_sae_lens_reach_its_runner_and_are_for_a_gpu(monkeypatch):
     asked = []
     one = lambda job, layer, clock, flags: asked.append((layer, flags))
     monkeypatch.setattr(end_to_end, "_sae_lens_at", one)
-    job = SimpleNamespace(layers=[3])
+    job: Any = SimpleNamespace(layers=[3])
     for name in ("sae-lens", "sae-lens-flags"):
         end_to_end.METHODS[name](job, Clock())
     assert asked == [(3, {}), (3, end_to_end.SAE_LENS_FLAGS)]

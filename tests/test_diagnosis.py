@@ -221,7 +221,8 @@ def test_text_in_parts_gives_the_figures_of_the_whole():
 def test_nan_in_a_later_part_is_named_by_its_context():
     lm = tiny_llama()
     with torch.no_grad():
-        lm.model.get_input_embeddings().weight[7] = math.nan
+        poisoned: Any = lm.model.get_input_embeddings().weight
+        poisoned[7] = math.nan
     tokens = torch.full((5, 12), 3)
     tokens[4, 6] = 7  # attention spreads it over the context
     hook = resolve_hook(lm, resid_hook_name(0))

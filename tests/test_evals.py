@@ -142,7 +142,7 @@ def test_heads_are_sae_lenss(head, hooked_transformer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_evaluate_agrees_with_sae_lens_on_the_same_batch(tmp_path):
+def test_evaluate_agrees_with_sae_lens_on_the_same_batch(tmp_path, monkeypatch):
     sae_lens = pytest.importorskip("sae_lens")
     from sae_lens.evals import get_eval_everything_config as everything
     from sae_lens.evals import run_evals as their_run_evals
@@ -151,7 +151,7 @@ def test_evaluate_agrees_with_sae_lens_on_the_same_batch(tmp_path):
 
     folder = str(save_tiny_llama(tmp_path / "model", initializer_range=0.5))
     lm, bridged = (load_language_model(folder) for _ in "ab")  # a bridge takes its model apart
-    bridge = TransformerBridge.boot_transformers(
+    bridge: Any = TransformerBridge.boot_transformers(
         folder, hf_model=bridged.model, tokenizer=bridged.tokenizer
     )
     where = "blocks.0.hook_resid_post"
@@ -161,7 +161,9 @@ def test_evaluate_agrees_with_sae_lens_on_the_same_batch(tmp_path):
     _, store = stores(bridge, hook_name=where)
     batches: list[torch.Tensor] = []
     get_batch = store.get_batch_tokens
-    store.get_batch_tokens = lambda n: batches.append(get_batch(n)) or batches[-1]
+    monkeypatch.setattr(
+        store, "get_batch_tokens", lambda n: batches.append(get_batch(n)) or batches[-1]
+    )
     wanted, wanted_per_latent = their_run_evals(
         sae_lens.SAE.load_from_disk(tmp_path / "sae"),
         store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -166,8 +167,9 @@ def test_what_the_model_itself_predicts_by_nan_counts_nowhere(hook, row_filter: 
     lm = tiny_llama(initializer_range=0.5)
     bad = 7
     with torch.no_grad():
-        lm.model.get_input_embeddings().weight[bad] = math.nan
-    tokens = TOKENS.masked_fill(bad == TOKENS, 8)
+        poisoned: Any = lm.model.get_input_embeddings().weight
+        poisoned[bad] = math.nan
+    tokens = torch.where(TOKENS.eq(bad), 8, TOKENS)
     tokens[2, 5] = bad  # attention spreads it over the context
     options = {"row_filter": row_filter, "kl": True}
     found = loss_recovered(lm, hook, tokens, shrink, **options)
