@@ -41,10 +41,10 @@ def steps() -> list[Row]:
     small, large = (find_case(name) for name in STEP_CASES)
     pair = ["fastsae", "sae-lens"]
     return [
-        *told(pooled(3, small, STEP_PROVIDERS, 2)),
-        *told(pooled(2, large, LARGE_STEP_PROVIDERS, 1)),
-        *told(times(small, pair, 3, 0.05)),
-        *told(times(small, pair, 3, skewed=True)),
+        *told(pooled(5, small, STEP_PROVIDERS, 1)),
+        *told(pooled(3, large, LARGE_STEP_PROVIDERS, 1)),
+        *told(pooled(3, small, pair, 1, 0.05)),
+        *told(pooled(3, small, pair, 1, skewed=True)),
         *memory(small),
         *memory(large),
     ]
@@ -99,7 +99,7 @@ def asked_for(args: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
         harvested_rows(case, args.shards)
     return {
         "quick": lambda: told(times(case, providers, 3, shards=args.shards)),
-        "step": lambda: told(pooled(3, case, providers, 2, shards=args.shards)),
+        "step": lambda: told(pooled(5, case, providers, 1, shards=args.shards)),
     }
 
 

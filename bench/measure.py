@@ -26,6 +26,7 @@ def interleaved(
     warm_up: int = 1,
     device: str = "cpu",
     least_seconds: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of each run, taken in turns so that a drift of the machine meets all of them.
 
@@ -37,7 +38,7 @@ def interleaved(
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     once = _on_gpu if device == "cuda" else _on_cpu
-    order, turns = list(runs), random.Random(0)
+    order, turns = list(runs), random.Random(seed)
     for turn in range(MORE_TURNS * repeats):
         if turn >= repeats and sum(map(sum, seconds.values())) >= least_seconds:
             break

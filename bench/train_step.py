@@ -64,10 +64,13 @@ def times(
     skewed: bool = False,
     device: str = "cpu",
     shards: Path | None = None,
+    draw: int = 0,
 ) -> list[Row]:
     """A row a provider, the first of them being the anchor, and one for the plain encoder GEMM.
 
     Args:
+        draw: of how many it is. Another order of the turns; after the first, parity and peaks are
+            known: a step to warm up, and times alone.
         shards: a harvest that the rows are drawn from, which the case's name then says.
 
     Raises:
@@ -86,9 +89,16 @@ def times(
     failed: list[Row] = []
     for name, provider in found.items():
         said = _first_steps(
-            name, provider.missing, partial(provider.build, start), x, steps, losses
+            name,
+            provider.missing,
+            partial(provider.build, start),
+            x,
+            steps,
+            losses,
+            1 if draw else 3,
         )
-        said = said or differs(losses[name], losses[providers[0]], device)
+        if draw == 0:
+            said = said or differs(losses[name], losses[providers[0]], device)
         if said is not None:
             if name == providers[0] and said != OUT_OF_MEMORY:
                 raise RuntimeError(f"{name} must run for others to be compared with it: {said}")
@@ -97,7 +107,7 @@ def times(
         if not steps:
             return failed
     try:
-        return _timed(shared, steps, case, start, x, repeats) + failed
+        return _timed(shared, steps, case, start, x, repeats, draw) + failed
     except Exception as failure:
         if not out_of_memory(failure):
             raise
@@ -105,16 +115,22 @@ def times(
 
 
 def _timed(
-    shared: Row, steps: dict[str, Step], case: Case, start: Start, x: Tensor, repeats: int
+    shared: Row,
+    steps: dict[str, Step],
+    case: Case,
+    start: Start,
+    x: Tensor,
+    repeats: int,
+    draw: int,
 ) -> list[Row]:
     """Rows of steps that were all taken already, the first being the anchor, and of the GEMM."""
     device, anchor = start.device.type, next(iter(steps))
     runs: dict[str, Callable[[], object]] = {n: partial(step, x) for n, step in steps.items()}
     runs |= _products(case, start, x)
     limits = ceilings(case, device)
-    # Every step was taken three times already.
+    # Every step was taken already.
     warm_up, least = (1, 0.0) if device == "cuda" else (0, LEAST_SECONDS)
-    seconds = interleaved(runs, repeats, warm_up, device, least)
+    seconds = interleaved(runs, repeats, warm_up, device, least, draw)
     gemm = min((seconds["gemm"], seconds["gemm-row-major"]), key=statistics.median)
     work = step_work(case, half=device == "cuda")
     timed = []
@@ -124,33 +140,38 @@ def _timed(
         row["over_fastsae"] = round(times_as_long(s, seconds[anchor]), 3)
         if name in steps:
             row |= work.row(row["ms_p50"], limits)
-            row |= peak_mib(runs[name], device)
+            row |= {} if draw else peak_mib(runs[name], device)
         timed.append(row | limits)
     return timed
 
 
-def pooled(draws: int, *arguments: Any, **options: Any) -> list[Row]:
-    """`times` in so many fresh processes, one after another; figures are means over them.
+def pooled(draws: int, case: Case, providers: list[str], *rest: Any, **options: Any) -> list[Row]:
+    """`times` in so many fresh processes, one after another; figures are medians over them.
 
     Where its memory happens to lie makes all steps of one process some percent faster or slower
-    than those of the next: more turns in the same process do not average that out.
+    than those of the next: more turns in the same process do not average that out. Parity is
+    checked in the first, and what fails there is not run again.
     """
     by_provider: dict[str, list[Row]] = {}
-    for _ in range(draws):
+    for draw in range(draws):
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            for row in fresh.submit(times, *arguments, **options).result():
+            run = fresh.submit(times, case, providers, *rest, draw=draw, **options)
+            for row in run.result():
                 by_provider.setdefault(row["provider"], []).append(row)
-    return [{**mean_of(rows), "processes": draws} for rows in by_provider.values()]
+        providers = [name for name in providers if "failed" not in by_provider[name][-1]]
+        if not providers:
+            break
+    return [{**median_of(rows), "processes": draws} for rows in by_provider.values()]
 
 
-def mean_of(rows: list[Row]) -> Row:
-    """Of one provider; the row that says why, if one of them was not timed."""
+def median_of(rows: list[Row]) -> Row:
+    """Of one provider, its quantiles over the rows; the one that says why it was not timed."""
     for row in rows:
         if "failed" in row:
             return row
-    mean = lambda name: four_digits(statistics.mean(row[name] for row in rows))
-    figures = {name: mean(name) for name, value in rows[0].items() if isinstance(value, float)}
-    return {**rows[0], **figures}
+    median = lambda name: four_digits(statistics.median(r[name] for r in rows if name in r))
+    figures = {name: median(name) for name, value in rows[0].items() if isinstance(value, float)}
+    return {**rows[0], **figures, **quantiles([row["ms_p50"] / 1e3 for row in rows])}
 
 
 def _usage(skewed: bool) -> str:
@@ -164,8 +185,9 @@ def _first_steps(
     x: Tensor,
     steps: dict[str, Step],
     losses: dict[str, list[float]],
+    n_steps: int,
 ) -> str | None:
-    """Build a provider and take its first three steps; why that did not work, or None."""
+    """Build a provider and take its first steps; why that did not work, or None."""
     install = missing()
     if install is not None:
         return f"not installed: {install}"
@@ -173,7 +195,7 @@ def _first_steps(
         steps[name] = build()
         # The third loss has been through two updates, so a wrong gradient shows; rivals that treat
         # the decoder otherwise (sparsify projects its gradient) differ there in the third digit.
-        losses[name] = [steps[name](x) for _ in range(3)]
+        losses[name] = [steps[name](x) for _ in range(n_steps)]
     except Exception as failure:
         return why(failure)
     return None

@@ -156,13 +156,33 @@ def test_steps_are_pooled_over_fresh_processes():
     found = train_step.pooled(2, TINY, ["fastsae", "plain-pytorch"], 1)
     assert [row["provider"] for row in found][:2] == ["fastsae", "plain-pytorch"]
     assert found[0]["over_fastsae"] == 1 and found[1]["ms_p50"] > 0
-    assert case_title(found[0]).endswith("; means over 2 processes")
+    assert case_title(found[0]).endswith("; medians over 2 processes")
 
 
-def test_figures_of_several_processes_are_means():
-    rows = [{"provider": "a", "F": 64, "ms_p50": ms, "over_gemm": ms / 2} for ms in (1.0, 4.0)]
-    assert train_step.mean_of(rows) == {"provider": "a", "F": 64, "ms_p50": 2.5, "over_gemm": 1.25}
-    assert train_step.mean_of([*rows, {"provider": "a", "failed": "why"}])["failed"] == "why"
+def test_figures_of_several_processes_are_medians():
+    shared = {"provider": "a", "F": 64}
+    rows = [{**shared, "ms_p50": ms, "over_gemm": ms / 2} for ms in (1.0, 9.0, 4.0)]
+    rows[0]["peak_mib"] = 7.0  # of the first alone
+    found = train_step.median_of(rows)
+    spread = {"ms_p20": 1.0, "ms_p50": 4.0, "ms_p80": 9.0}
+    assert found == {**shared, **spread, "over_gemm": 2.0, "peak_mib": 7.0}
+    assert train_step.median_of([*rows, {"provider": "a", "failed": "why"}])["failed"] == "why"
+
+
+def test_what_fails_parity_in_the_first_process_is_not_timed_in_another(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from pathlib import Path\n"
+        "def step(start):\n"
+        f"    seen = Path({str(tmp_path / 'seen')!r})\n"
+        "    seen.write_text((seen.read_text() if seen.exists() else '') + 'built ')\n"
+        "    return lambda x: 1.0\n"
+    )
+    found = train_step.pooled(2, TINY, ["fastsae", f"{wrong}:step"], 1)
+    (failed,) = [row for row in found if "failed" in row]
+    assert failed["failed"].startswith("parity: mse 1 and 1")
+    assert (tmp_path / "seen").read_text() == "built "
+    assert found[0]["processes"] == 2 and found[0]["peak_mib"] >= 0
 
 
 def test_no_case_is_measured_twice(monkeypatch, capsys):

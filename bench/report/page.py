@@ -105,7 +105,7 @@ def step_lines(rows: list[Row], picture: Picture) -> list[str]:
 def case_title(r: Row) -> str:
     title = f"{r['case']}: B={r['B']}, D={r['D']}, F={r['F']}, K={r['K']}, {r['dead']:.0%} dead"
     title += ", skewed usage" if r["usage"] == "skewed" else ""
-    return title + (f"; means over {r['processes']} processes" if "processes" in r else "")
+    return title + (f"; medians over {r['processes']} processes" if "processes" in r else "")
 
 
 def memory_lines(rows: list[Row]) -> list[str]:
