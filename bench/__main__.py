@@ -112,22 +112,24 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS], default=COMPARISON)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *OWN_COMMANDS])
     parser.add_argument("--quick", action="store_true", help="one small step, every library")
-    chosen = parser.add_argument_group("of the part step and of --quick")
-    chosen.add_argument("--case", help=f"one of {', '.join(CASES)}")
-    chosen.add_argument(
+    of_step = parser.add_argument_group("of the part step and of --quick")
+    of_step.add_argument("--case", help=f"one of {', '.join(CASES)}")
+    of_step.add_argument(
         "--providers",
         nargs="+",
         metavar="NAME",
         help=f"FILE.py:function, {', '.join(PROVIDERS)}; all are compared with the first",
     )
-    chosen.add_argument("--shards", type=Path, help="folder of a harvest to draw the rows from")
+    of_step.add_argument("--shards", type=Path, help="folder of a harvest to draw the rows from")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of rows and report")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl too")
     args = parser.parse_args(arguments)
-    names, parts = ["quick"] if args.quick else args.parts, PARTS
-    if args.quick or args.case or args.providers or args.shards:
+    narrowed = args.case or args.providers or args.shards
+    names = ["quick"] if args.quick else args.parts or (["step"] if narrowed else COMPARISON)
+    parts = PARTS
+    if args.quick or narrowed:
         if not {"quick", "step"} & {*names}:
             parser.error(f"--case, --providers, --shards must be given with step, got {names}")
         try:

@@ -158,9 +158,9 @@ def pooled(draws: int, case: Case, providers: list[str], *rest: Any, **options: 
             run = fresh.submit(times, case, providers, *rest, draw=draw, **options)
             for row in run.result():
                 by_provider.setdefault(row["provider"], []).append(row)
-        providers = [name for name in providers if "failed" not in by_provider[name][-1]]
-        if not providers:
+        if "failed" in by_provider[providers[0]][-1]:  # nothing to compare the others with
             break
+        providers = [name for name in providers if "failed" not in by_provider[name][-1]]
     return [{**median_of(rows), "processes": draws} for rows in by_provider.values()]
 
 

@@ -169,6 +169,13 @@ def test_figures_of_several_processes_are_medians():
     assert train_step.median_of([*rows, {"provider": "a", "failed": "why"}])["failed"] == "why"
 
 
+def test_without_the_first_provider_nothing_is_pooled(tmp_path):
+    large = tmp_path / "large.py"
+    large.write_text("def step(start):\n    raise MemoryError\n")
+    (row,) = train_step.pooled(2, TINY, [f"{large}:step", "fastsae"], 1)
+    assert row["failed"] == measure.OUT_OF_MEMORY and row["provider"] == f"{large}:step"
+
+
 def test_what_fails_parity_in_the_first_process_is_not_timed_in_another(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text(

@@ -266,10 +266,10 @@ def peers(scale: Scale, report: Report) -> None:
     for row in train_step.times(scale.peers, here, scale.repeats, device=DEVICE):
         name = f"{row['case']:20}{row['provider']:32}"
         if "failed" in row:
-            report.note(f"{name} not timed, {row['failed']}")
+            said = f"not timed, {row['failed']}"
         else:
-            over = f"{row['over_fastsae']:7.2f} x ours"
-            report.measured(row, f"{name}{row['ms_p50']:9.2f} ms{over}")
+            said = f"{row['ms_p50']:9.2f} ms{row['over_fastsae']:7.2f} x ours"
+        report.measured(row, name + said)
 
 
 def _floor(case: Case, report: Report) -> dict[str, float]:

@@ -46,11 +46,12 @@ def gpu_lines(rows: list[Row], picture: Callable[[str], list[str]] = lambda _: [
     lines = ["", "## On a GPU", "", "`python -m bench.gpu_check`: times are device times. The"]
     lines += ["floor of a step is one cuBLAS product of the encoder's shape, the optimizer's bytes"]
     lines += ["at the bandwidth of a copy, and one gather, all measured in the same run. Trainers"]
-    lines += ["are compared by `python -m bench.train_step --device cuda`, with what each of them"]
+    lines += ["are compared by `python -m bench.train_step --device cuda`, and by the check where"]
+    lines += ["other libraries are installed, with what each of them does on the host. An op whose"]
     lines += [
-        "does on the host. An op whose rows state no floor is held to today's, its code taken to"
+        "rows state no floor is held to today's, its code taken to touch as many latents as it"
     ]
-    lines += ["touch as many latents as it can."]
+    lines += ["can."]
     lines += picture("gpu")
     for mine in by_device(rows):
         lines += ["", f"### {mine[0]['device']}", *_device_lines(mine), "", where(mine)]
@@ -66,7 +67,8 @@ def _device_lines(rows: list[Row]) -> list[str]:
         lines += [f"Failed: {name}." for name, r in checks.items() if not r["passed"]]
     for bench, columns in TABLES.items():
         keys = ("case", "op", "provider")
-        mine = {tuple(r.get(k) for k in keys): r for r in timed(rows) if r["bench"] == bench}
+        newest = {tuple(r.get(k) for k in keys): r for r in rows if r["bench"] == bench}
+        mine = timed([*newest.values()])
         if mine:
-            lines += ["", *table(mine.values(), columns)]
+            lines += ["", *table(mine, columns)]
     return lines

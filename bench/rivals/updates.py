@@ -18,7 +18,9 @@ from fastsae_kernels import (
 from fastsae_kernels._row_grads import PairGrad
 from fastsae_kernels.grouping.ops import segment_sum
 
-LR = 1e-3
+LR, EPS = 0.1, 1e-3
+"""A step as large as the weights, that no update or a wrong sign is seen; and an eps by which a
+gradient that is nothing but rounding does not decide a sign."""
 
 
 def group_by_latent_runs(t: Inputs) -> dict[str, Run]:
@@ -79,7 +81,7 @@ def lazy_update_runs(t: Inputs) -> dict[str, Run]:
     weight, grads = t.W_dec.detach(), [PairGrad(groups, coef, operand)]
     latents = code.indices.reshape(1, -1).long()
     parameter = weight.clone().requires_grad_()
-    optimizer = torch.optim.SparseAdam([parameter], lr=LR)
+    optimizer = torch.optim.SparseAdam([parameter], lr=LR, eps=EPS)
 
     def sparse() -> Tensor:
         terms = (operand.unsqueeze(1) * code.acts.unsqueeze(2)).flatten(0, 1)
@@ -105,7 +107,7 @@ def _row_adam_run(
     steps = itertools.count(1)
 
     def run() -> Tensor:
-        update(mine, grads, *moments, step=next(steps), lr=LR, copy=copy, impl=impl)
+        update(mine, grads, *moments, step=next(steps), lr=LR, eps=EPS, copy=copy, impl=impl)
         return mine
 
     return run
@@ -115,7 +117,7 @@ def _fused_adam_run(
     weight: Tensor, gradient: Callable[[], Tensor], copy: Tensor | None = None
 ) -> Run:
     parameter = weight.clone().requires_grad_()
-    optimizer = torch.optim.Adam([parameter], lr=LR, fused=True)
+    optimizer = torch.optim.Adam([parameter], lr=LR, eps=EPS, fused=True)
 
     def run() -> Tensor:
         parameter.grad = gradient()

@@ -87,8 +87,9 @@ def train_side_by_side(
     tell: Progress = progress if progress is not None and world.is_first else lambda *_: None
     world.check_agreement(as_json(run))
     world.on_first(lambda: open_folder(run))
+    patient = world.patient() if world.size > 1 else world
     if mesh.beside:  # whoever waits for a model waits for as long as it takes
-        world = world.patient()
+        world = patient
     if not mesh.has_this_process:
         return _beside(run, world, mesh, device, progress or (lambda *_: None))
     source = _source(run, world, mesh, device)
@@ -108,12 +109,11 @@ def train_side_by_side(
         say(plan.table() if plan.fits else f"{plan.table()}\n{plan.advice()}")
     with explained(plan):
         started = time.perf_counter()
-        reading = partial(source.read, places, tell)
-        if world.size > 1 and not mesh.beside:
-            # Nobody trains before all have what they train on, however long one's checksums take.
-            world.patient().each(reading)
+        if mesh.beside:
+            source.read(places, tell)
         else:
-            reading()
+            # Nobody trains before all have what they train on, however long one's checksums take.
+            patient.each(lambda: source.read(places, tell))
         timings["harvest"] = time.perf_counter() - started
 
         started = time.perf_counter()
