@@ -42,9 +42,9 @@ def steps() -> list[Row]:
     pair = ["fastsae", "sae-lens"]
     return [
         *told(pooled(5, small, STEP_PROVIDERS, 1)),
-        *told(pooled(3, large, LARGE_STEP_PROVIDERS, 1)),
-        *told(pooled(3, small, pair, 1, 0.05)),
-        *told(pooled(3, small, pair, 1, skewed=True)),
+        *told(pooled(2, large, LARGE_STEP_PROVIDERS, 1)),
+        *told(times(small, pair, 3, 0.05)),
+        *told(times(small, pair, 3, skewed=True)),
         *memory(small),
         *memory(large),
     ]

@@ -69,8 +69,8 @@ def times(
     """A row a provider, the first of them being the anchor, and one for the plain encoder GEMM.
 
     Args:
-        draw: of how many it is. Another order of the turns; after the first, parity and peaks are
-            known: a step to warm up, and times alone.
+        draw: of how many it is. Another order of the turns; after the first, parity, peaks and
+            ceilings are known: a step to warm up, and times alone.
         shards: a harvest that the rows are drawn from, which the case's name then says.
 
     Raises:
@@ -127,7 +127,7 @@ def _timed(
     device, anchor = start.device.type, next(iter(steps))
     runs: dict[str, Callable[[], object]] = {n: partial(step, x) for n, step in steps.items()}
     runs |= _products(case, start, x)
-    limits = ceilings(case, device)
+    limits = {} if draw else ceilings(case, device)
     # Every step was taken already.
     warm_up, least = (1, 0.0) if device == "cuda" else (0, LEAST_SECONDS)
     seconds = interleaved(runs, repeats, warm_up, device, least, draw)
@@ -138,9 +138,9 @@ def _timed(
         row = {**shared, "provider": name, **quantiles(s)}
         row["over_gemm"] = round(times_as_long(s, gemm), 3)
         row["over_fastsae"] = round(times_as_long(s, seconds[anchor]), 3)
-        if name in steps:
+        if name in steps and draw == 0:
             row |= work.row(row["ms_p50"], limits)
-            row |= {} if draw else peak_mib(runs[name], device)
+            row |= peak_mib(runs[name], device)
         timed.append(row | limits)
     return timed
 
@@ -171,7 +171,10 @@ def median_of(rows: list[Row]) -> Row:
             return row
     median = lambda name: four_digits(statistics.median(r[name] for r in rows if name in r))
     figures = {name: median(name) for name, value in rows[0].items() if isinstance(value, float)}
-    return {**rows[0], **figures, **quantiles([row["ms_p50"] / 1e3 for row in rows])}
+    found = {**rows[0], **figures, **quantiles([row["ms_p50"] / 1e3 for row in rows])}
+    if "floor_ms" in found:
+        found["roofline"] = round(found["floor_ms"] / found["ms_p50"], 3)
+    return found
 
 
 def _usage(skewed: bool) -> str:

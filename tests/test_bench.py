@@ -162,10 +162,11 @@ def test_steps_are_pooled_over_fresh_processes():
 def test_figures_of_several_processes_are_medians():
     shared = {"provider": "a", "F": 64}
     rows = [{**shared, "ms_p50": ms, "over_gemm": ms / 2} for ms in (1.0, 9.0, 4.0)]
-    rows[0]["peak_mib"] = 7.0  # of the first alone
+    rows[0] |= {"peak_mib": 7.0, "floor_ms": 2.0, "roofline": 2.0}  # of the first alone
     found = train_step.median_of(rows)
+    of_first = {"peak_mib": 7.0, "floor_ms": 2.0, "roofline": 0.5}
     spread = {"ms_p20": 1.0, "ms_p50": 4.0, "ms_p80": 9.0}
-    assert found == {**shared, **spread, "over_gemm": 2.0, "peak_mib": 7.0}
+    assert found == {**shared, **spread, "over_gemm": 2.0, **of_first}
     assert train_step.median_of([*rows, {"provider": "a", "failed": "why"}])["failed"] == "why"
 
 
