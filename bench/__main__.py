@@ -65,8 +65,8 @@ def whole_jobs() -> list[Row]:
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "step": steps,
-    "ops": lambda: ops.told(find_case(OPS_CASE), OPS, 3, leave_out=("torch.compile",)),
-    "scaling": lambda: scaling.curves(CURVES, 3),
+    "ops": lambda: ops.told(find_case(OPS_CASE), OPS, 2, leave_out=("torch.compile",)),
+    "scaling": lambda: scaling.curves(CURVES, 2),
     "pipeline": lambda: pipeline.main([]),
     "end-to-end": whole_jobs,
 }
