@@ -1,6 +1,6 @@
 """The whole comparison in one command.
 
-    python -m bench                     # steps, ops, scaling, end to end: some 22 minutes
+    python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
     python -m bench --quick             # a small step beside every library, in a minute
     python -m bench --quick --case gpt2-small-24k --providers fastsae sae-lens mine.py:step
     python -m bench --parts step ops    # only these; pipeline and quality on request
@@ -41,8 +41,8 @@ def steps() -> list[Row]:
     small, large = (find_case(name) for name in STEP_CASES)
     pair = ["fastsae", "sae-lens"]
     return [
-        *told(pooled(5, small, STEP_PROVIDERS, 1)),
-        *told(pooled(2, large, LARGE_STEP_PROVIDERS, 1)),
+        *told(pooled(4, small, STEP_PROVIDERS, 1)),
+        *told(pooled(3, large, LARGE_STEP_PROVIDERS, 1)),
         *told(times(small, pair, 3, 0.05)),
         *told(times(small, pair, 3, skewed=True)),
         *memory(small),
@@ -60,7 +60,7 @@ def told(rows: list[Row]) -> list[Row]:
 
 
 def whole_jobs() -> list[Row]:
-    return end_to_end.main(["--tokens", "12288", "--held-out", "2048", "--turns", "2"])
+    return end_to_end.main(["--tokens", "12288", "--held-out", "1024", "--turns", "2"])
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {

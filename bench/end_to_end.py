@@ -5,7 +5,8 @@
     python -m bench.end_to_end --tokens 1000000 --methods fastsae sae-lens
     python -m bench.end_to_end --methods fastsae sae-lens sae-lens-flags   # its flags for speed
 
-Every method gets the same contexts of the same articles, one pass over them, one SAE a layer.
+Every method gets the same contexts of the same articles, one pass over them, one SAE a layer, in
+steps of 256 rows: so few tokens are too few larger ones for anybody's SAE to learn.
 Seconds run from the loaded model to the trained SAEs in memory. The saved SAEs are then evaluated
 by our evaluation on held-out articles; figures of several layers are means. With `--turns 2` all
 methods run again in the other order, and seconds are means. `to_its_fvu` is how long ours took to
@@ -52,7 +53,7 @@ from fastsae.evaluation.evaluate import evaluate
 from fastsae.interop.formats import load_sae
 from fastsae.training.group import TrainerGroup
 
-CONTEXT, BATCH = 128, 2048
+CONTEXT, BATCH = 128, 256
 MODEL_CONTEXTS = 16
 """Contexts of one forward pass."""
 LOOKS = 12

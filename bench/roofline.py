@@ -104,8 +104,7 @@ def ceilings(case: Case, device: str = "cpu") -> dict[str, float]:
             "copy": lambda: target.copy_(source),
             "gather": lambda: torch.index_select(table, 0, picked, out=rows_out),
         },
-        7,
-        warm_up=3,
+        *((7, 3) if device == "cuda" else (5, 1)),
         device=device,
     )
     best = {name: min(s) for name, s in seconds.items()}

@@ -16,7 +16,7 @@ import functools
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,7 +37,7 @@ from bench.measure import (
     why,
 )
 from bench.providers import GPU_PEERS, PEERS, PROVIDERS, fastsae_step, find_provider
-from bench.providers.base import Step
+from bench.providers.base import Provider, Step
 from bench.record import append
 from bench.roofline import ceilings, four_digits, step_work
 from fastsae_kernels import release_scratch, workspace
@@ -84,39 +84,67 @@ def times(
     called = case.name + "-harvested" * (shards is not None)
     shape = {"case": called, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
     shared = {"bench": "train_step", **shape, "dead": dead, "usage": _usage(skewed)}
-    steps: dict[str, Step] = {}
-    losses: dict[str, list[float]] = {}
+    taken: dict[str, Taken] = {}
     failed: list[Row] = []
     for name, provider in found.items():
-        said = _first_steps(
-            name,
-            provider.missing,
-            partial(provider.build, start),
-            x,
-            steps,
-            losses,
-            1 if draw else 3,
-        )
-        if draw == 0:
-            said = said or differs(losses[name], losses[providers[0]], device)
-        if said is not None:
-            if name == providers[0] and said != OUT_OF_MEMORY:
-                raise RuntimeError(f"{name} must run for others to be compared with it: {said}")
-            steps.pop(name, None)
-            failed.append({**shared, "provider": name, "failed": said})
-        if not steps:
-            return failed
+        one = first_steps(provider, start, x, draw)
+        if draw == 0 and isinstance(one, Taken):
+            anchor = taken.get(providers[0], one)
+            one = differs(one.losses, anchor.losses, device) or one
+        if isinstance(one, Taken):
+            taken[name] = one
+        elif not taken and one != OUT_OF_MEMORY:
+            raise RuntimeError(f"{name} must run for others to be compared with it: {one}")
+        else:
+            failed.append({**shared, "provider": name, "failed": one})
+            if not taken:
+                return failed
     try:
-        return _timed(shared, steps, case, start, x, repeats, draw) + failed
+        return _timed(shared, taken, case, start, x, repeats, draw) + failed
     except Exception as failure:
         if not out_of_memory(failure):
             raise
-        return [{**shared, "provider": n, "failed": OUT_OF_MEMORY} for n in steps] + failed
+        return [{**shared, "provider": n, "failed": OUT_OF_MEMORY} for n in taken] + failed
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken already."""
+
+    step: Step
+    losses: list[float]
+    """Of the first, and before the first draw's times of two more."""
+    peak: Row
+    """Of the third; nothing where it is not known."""
+
+
+def first_steps(provider: Provider, start: Start, x: Tensor, draw: int) -> Taken | str:
+    """Those of one provider, or why they were not taken.
+
+    The third loss has been through two updates, so a wrong gradient shows; rivals that treat the
+    decoder otherwise (sparsify projects its gradient) differ there in the third digit.
+    """
+    install = provider.missing()
+    if install is not None:
+        return f"not installed: {install}"
+    losses, peak = list[float](), Row()
+    try:
+        step = provider.build(start)
+        take = lambda: losses.append(step(x))
+        take()
+        if draw == 0:
+            take()
+            peak = peak_mib(take, x.device.type)
+            if not peak:  # a system that does not tell took no step
+                take()
+    except Exception as failure:
+        return why(failure)
+    return Taken(step, losses, peak)
 
 
 def _timed(
     shared: Row,
-    steps: dict[str, Step],
+    taken: dict[str, Taken],
     case: Case,
     start: Start,
     x: Tensor,
@@ -124,11 +152,10 @@ def _timed(
     draw: int,
 ) -> list[Row]:
     """Rows of steps that were all taken already, the first being the anchor, and of the GEMM."""
-    device, anchor = start.device.type, next(iter(steps))
-    runs: dict[str, Callable[[], object]] = {n: partial(step, x) for n, step in steps.items()}
+    device, anchor = start.device.type, next(iter(taken))
+    runs: dict[str, Callable[[], object]] = {n: partial(t.step, x) for n, t in taken.items()}
     runs |= _products(case, start, x)
     limits = {} if draw else ceilings(case, device)
-    # Every step was taken already.
     warm_up, least = (1, 0.0) if device == "cuda" else (0, LEAST_SECONDS)
     seconds = interleaved(runs, repeats, warm_up, device, least, draw)
     gemm = min((seconds["gemm"], seconds["gemm-row-major"]), key=statistics.median)
@@ -138,9 +165,8 @@ def _timed(
         row = {**shared, "provider": name, **quantiles(s)}
         row["over_gemm"] = round(times_as_long(s, gemm), 3)
         row["over_fastsae"] = round(times_as_long(s, seconds[anchor]), 3)
-        if name in steps and draw == 0:
-            row |= work.row(row["ms_p50"], limits)
-            row |= peak_mib(runs[name], device)
+        if name in taken and draw == 0:
+            row |= work.row(row["ms_p50"], limits) | taken[name].peak
         timed.append(row | limits)
     return timed
 
@@ -179,29 +205,6 @@ def median_of(rows: list[Row]) -> Row:
 
 def _usage(skewed: bool) -> str:
     return "skewed" if skewed else "uniform"
-
-
-def _first_steps(
-    name: str,
-    missing: Callable[[], str | None],
-    build: Callable[[], Step],
-    x: Tensor,
-    steps: dict[str, Step],
-    losses: dict[str, list[float]],
-    n_steps: int,
-) -> str | None:
-    """Build a provider and take its first steps; why that did not work, or None."""
-    install = missing()
-    if install is not None:
-        return f"not installed: {install}"
-    try:
-        steps[name] = build()
-        # The third loss has been through two updates, so a wrong gradient shows; rivals that treat
-        # the decoder otherwise (sparsify projects its gradient) differ there in the third digit.
-        losses[name] = [steps[name](x) for _ in range(n_steps)]
-    except Exception as failure:
-        return why(failure)
-    return None
 
 
 def differs(losses: list[float], anchor: list[float], device: str) -> str | None:
