@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         for written in [temporary, *temporary.rglob("*")]:
             if written.is_file():
                 written.chmod(mode)  # safetensors lets nobody but the owner read
-                _sync(written)
+            _sync(written)
         os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk

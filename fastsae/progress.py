@@ -27,6 +27,8 @@ class ProgressBar:
             self.__exit__()
             tqdm = require("tqdm.auto", "train").tqdm
             self._stage = stage
-            self._bar = tqdm(total=total or None, desc=stage, unit="tok", unit_scale=True)
+            # What was there before the first call, as on resuming, took this process no time.
+            options = {"initial": done, "total": total or None, "desc": stage}
+            self._bar = tqdm(**options, unit="tok", unit_scale=True)
         self._bar.update(done - self._bar.n)
         self._bar.set_postfix({k: f"{figures[k]:.4g}" for k in self.SHOWN if k in figures})

@@ -233,3 +233,8 @@ class TestLog:
         log.write({"step": 3})
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3}]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_full_disk_is_told_with_the_file(self):
+        with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+            RunLog(Path("/dev/full")).write({"step": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -275,6 +276,24 @@ def test_a_flipped_bit_is_noticed_before_training(run, harvest, tmp_path, capsys
     assert (run.out / "eval.json").exists()
 
 
+@pytest.mark.parametrize("row", [8, 9])  # of which the sample has the second only
+@pytest.mark.parametrize("bits", [0x7FC0, 0xFF80])  # NaN, -inf
+def test_nan_in_a_shard_is_placed(run, harvest, tmp_path, monkeypatch, row, bits):
+    sizes = [shard.rows for shard in ActivationShards(harvest.out).index.shards]
+    monkeypatch.setattr(row_sources, "SAMPLE_ROWS", sum(sizes) // 9)
+    spoilt = tmp_path / "rows"
+    shutil.copytree(harvest.out, spoilt)
+    path = ActivationShards(spoilt).path(1)
+    with path.open("r+b") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        start, _ = json.loads(file.read(n_bytes))[f"rows.{HOOKS[0]}"]["data_offsets"]
+        width = ActivationShards(spoilt).index.widths[HOOKS[0]]
+        file.seek(8 + n_bytes + start + 2 * (row * width + 5))
+        file.write(bits.to_bytes(2, "little"))
+    with pytest.raises(ValueError, match=f"got NaN or inf in {re.escape(str(path))}, row {row}$"):
+        train_side_by_side(replace(run, activations=spoilt, verify=False, tokens=64 * 300))
+
+
 def test_each_process_verifies_its_share(run, monkeypatch):
     def seen(path):
         looked_at[-1].append(path)
@@ -326,11 +345,11 @@ def test_a_run_does_not_resume_on_other_rows(run, harvest, tmp_path):
 
 def test_300_losses_do_not_depend_on_what_is_read_ahead(run, monkeypatch):
     curves = []
-    for ahead in (0, 2):
+    for ahead in (0, 1, 2):
         monkeypatch.setattr(row_sources, "ShardedRows", partial(ShardedRows, ahead=ahead))
         monkeypatch.setattr(language_model_run, "LogConfig", partial(LogConfig, every=1))
         one = replace(run, out=run.out / str(ahead), tokens=64 * 300, checkpoints=1)
         train_side_by_side(one)
         curves.append([line["loss"] for line in read_log(one.out / "metrics.jsonl")])
     assert len(curves[0]) == 300
-    assert curves[0] == curves[1]
+    assert curves[0] == curves[1] == curves[2]

@@ -16,6 +16,7 @@ import fastsae
 from fastsae import (
     SAE,
     SAES,
+    BatchTopKConfig,
     LegacyStandardConfig,
     ScheduleConfig,
     StandardConfig,
@@ -111,6 +112,20 @@ def test_micro_batches_give_the_gradient_of_the_batch(kind, sae, width):
             assert relative_error(parts.err, whole.err) < 1e-5
             want, got = (trainer.sae.state_dict() for trainer in runs)
             assert all(relative_error(got[name], want[name]) < 1e-4 for name in want)
+
+
+def test_batch_topk_selects_per_micro_batch():
+    cfg = config(1, sae=BatchTopKConfig(d_in=D, d_sae=F, k=4), data={"micro_batch_size": 16})
+    trainer = Trainer(cfg, device="cpu")
+    trainer.initialise(ROWS.rows)
+    batch = ROWS.batch(0)
+    with torch.no_grad():
+        x = trainer.scaling.apply(batch)
+        parts = [trainer.sae.loss(part).err for part in x.split(16)]
+        whole = trainer.sae.loss(x).err
+    found = trainer.step(batch).err
+    assert relative_error(found, torch.cat(parts)) < 1e-5
+    assert relative_error(found, whole) > 1e-3
 
 
 def test_the_geometric_median_ignores_massive_rows():

@@ -20,8 +20,13 @@ COLUMNS = {
     "decoder_match": ("match", ".3f"),
     "decoder_cosine": ("cosine", ".3f"),
     "redundant": ("redundant", ".2%"),
+    "untouched": ("untouched", ".2%"),
 }
+AS_MEASURED = ("l0", "untouched")
+"""Columns in which nobody is better."""
 BASELINE = "sae-lens-tuned"
+FROM_RANDOM = "fastsae-random"
+"""Ours, started at random directions: what a start near rows changes where the truth is known."""
 RUN = ("bench", "setting", "library", "trial", "method", "change", "seed")
 """Fields that tell one training from another."""
 
@@ -36,13 +41,16 @@ def report(rows: list[Row]) -> str:
             f"{s['tokens']:,} tokens"
         )
         if compared := of(mine, "quality"):
-            parts += [comparison(compared), *differences(compared), *times(compared)]
+            scores = [name for name in COLUMNS if name not in AS_MEASURED]
+            differing = differences(compared, BASELINE, scores)
+            parts += [comparison(compared), *differing, *times(compared)]
         if tried := of(mine, "quality-search"):
             parts.append(search(tried))
         if changed := of(mine, "quality-ablation"):
             parts.append(ablation(changed))
         if recovered := of(mine, "quality-synthetic"):
-            parts.append(synthetic(recovered))
+            differing = differences(recovered, FROM_RANDOM, ("f1", "mcc", "decoder_cosine"))
+            parts += [synthetic(recovered), *differing]
         parts.append("")
     return "\n".join(parts).rstrip()
 
@@ -65,14 +73,14 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), quantile * statistics.stdev(differences) / n**0.5
 
 
-def differences(rows: list[Row]) -> list[str]:
-    """Of our defaults and the tuned baseline, seed by seed."""
-    mine, theirs = ({r["seed"]: r for r in rows if r["method"] == m} for m in ("fastsae", BASELINE))
+def differences(rows: list[Row], baseline: str, names: Iterable[str]) -> list[str]:
+    """Of our defaults and a baseline, seed by seed."""
+    mine, theirs = ({r["seed"]: r for r in rows if r["method"] == m} for m in ("fastsae", baseline))
     seeds = sorted(mine.keys() & theirs.keys())
     if len(seeds) < 2:
         return []
-    lines = [f"fastsae - {BASELINE}, mean over {len(seeds)} seeds and 95 % interval:"]
-    for name in (n for n in COLUMNS if n != "l0"):
+    lines = [f"fastsae - {baseline}, mean over {len(seeds)} seeds and 95 % interval:"]
+    for name in names:
         pairs = [(mine[s][name], theirs[s][name]) for s in seeds if name in mine[s]]
         relative = name.startswith("fvu")
         found = [100 * (a - b) / (b if relative else 1) for a, b in pairs]

@@ -42,7 +42,8 @@ class ShardedRows:
         part, parts: yield the part-th of so many equal parts of each batch only, and read no other.
 
     Raises:
-        ValueError: the hook is not there, fewer rows than a batch has, or parts that are not equal.
+        ValueError: the hook is not there, fewer rows than a batch has, or parts that are not equal;
+            while they are read, a row holds NaN or inf, which the message places.
     """
 
     def __init__(
@@ -77,7 +78,10 @@ class ShardedRows:
     def sample(self, n_rows: int) -> Float[Tensor, "n D"]:
         """About so many rows, at equal distances over all shards."""
         stride = max(1, sum(self.sizes) // n_rows)
-        parts = [self.shards.rows(self.hook, i)[::stride] for i in range(len(self.sizes))]
+        parts = []
+        for shard in range(len(self.sizes)):
+            parts.append(self.shards.rows(self.hook, shard)[::stride])
+            self._check_finite(parts[-1], torch.arange(len(parts[-1])) * stride, [shard])
         return torch.cat(parts)
 
     def from_step(self, step: int) -> Generator[Float[Tensor, "B D"]]:
@@ -95,7 +99,9 @@ class ShardedRows:
                 # In the order of the files, of which a part of a batch is a run.
                 mine = part.sort().values[_overlap(self._mine, filled, len(part))]
                 start = max(0, filled - self._mine.start)
-                _gather(files, mine, _bits(batch[start : start + len(mine)]))
+                rows = batch[start : start + len(mine)]
+                _gather(files, mine, _bits(rows))
+                self._check_finite(rows, mine, window.shards)
                 filled += len(part)
                 if filled == self.batch_size:
                     yield batch
@@ -122,6 +128,20 @@ class ShardedRows:
             together.append(shard)
             n_rows += self.sizes[shard]
         yield together
+
+    def _check_finite(self, rows: Tensor, numbers: Tensor, shards: list[int]) -> None:
+        """Of rows that were read, by their numbers over some shards: harvests hold no other."""
+        finite = _finite(rows)
+        if finite.all():
+            return
+        number = int(numbers[int(finite.argmin())])
+        for shard in shards:
+            if number < self.sizes[shard]:
+                raise ValueError(
+                    f"activations at {self.hook} must be finite, got NaN or inf in "
+                    f"{self.shards.path(shard)}, row {number}"
+                )
+            number -= self.sizes[shard]
 
     def _generator(self, epoch: int, number: int) -> torch.Generator:
         # Each window has an order of its own, whichever came before it.
@@ -153,6 +173,13 @@ def _gather(files: list[np.ndarray], rows: Tensor, out: np.ndarray) -> None:
         # fight with those of the training.
         wanted = (rows[first:last] - start).numpy()
         np.take(file, wanted, axis=0, out=out[first:last], mode="clip")
+
+
+def _finite(rows: Tensor) -> np.ndarray:
+    """Whether all of each row is; on one thread, as `_gather`."""
+    if rows.dtype == torch.bfloat16:  # as bits: a full exponent is inf or NaN
+        return ((_bits(rows) & 0x7F80) != 0x7F80).all(1)
+    return np.isfinite(_bits(rows)).all(1)
 
 
 def _bits(rows: Tensor) -> np.ndarray:

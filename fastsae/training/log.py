@@ -16,8 +16,11 @@ class RunLog:
     def write(self, values: dict[str, Any]) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:  # of a full disk it does not name the file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def last(self) -> dict[str, Any]:
         """The newest line; empty where there is none."""

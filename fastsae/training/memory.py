@@ -95,16 +95,16 @@ def explained(plan: MemoryPlan) -> Iterator[None]:
     """Inside this context running out of memory raises `OutOfMemory`."""
     try:
         yield
-    except (OutOfMemory, RuntimeError) as error:
-        if not isinstance(error, OutOfMemory) and not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
         first = str(error).strip().partition("\n")[0]
         raise OutOfMemory(f"{first}\n{plan.table()}\n{plan.advice()}") from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     on_cpu = "DefaultCPUAllocator" in str(error) and "allocate" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or on_cpu
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or on_cpu
 
 
 def free_bytes(device: torch.device) -> int | None:

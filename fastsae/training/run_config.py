@@ -74,7 +74,8 @@ class LanguageModelRun:
     batch_size: int | None = None
     """Tokens a step; None: by device and length of the run."""
     micro_batch_size: int | None = None
-    """Tokens whose gradient is computed at once, to spare memory; None: the batch."""
+    """Tokens whose gradient is computed at once, to spare memory; None: the batch. BatchTopK SAEs
+    choose among so many."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     b_dec_init: Centre = "mean"

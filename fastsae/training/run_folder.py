@@ -18,9 +18,9 @@ FREE_ON_RESUME = {
 def open_folder(run: LanguageModelRun) -> None:
     """Refuse another run's folder before the long work, and one that cannot be written to."""
     path = run.out / "run.json"
+    write_json(run.out / ".writable", True)
+    (run.out / ".writable").unlink()
     if not path.exists():
-        write_json(run.out / ".writable", True)
-        (run.out / ".writable").unlink()
         return
     if not run.resume:
         raise FileExistsError(
