@@ -178,8 +178,8 @@ def _gather(files: list[np.ndarray], rows: Tensor, out: np.ndarray) -> None:
 def _finite(rows: Tensor) -> np.ndarray:
     """Whether all of each row is; on one thread, as `_gather`."""
     if rows.dtype == torch.bfloat16:  # as bits: a full exponent is inf or NaN
-        return ((_bits(rows) & 0x7F80) != 0x7F80).all(1)
-    return np.isfinite(_bits(rows)).all(1)
+        return np.all((_bits(rows) & 0x7F80) != 0x7F80, axis=1)
+    return np.all(np.isfinite(_bits(rows)), axis=1)
 
 
 def _bits(rows: Tensor) -> np.ndarray:
