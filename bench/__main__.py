@@ -43,8 +43,8 @@ def steps() -> list[Row]:
     return [
         *told(pooled(4, small, STEP_PROVIDERS, 1)),
         *told(pooled(3, large, LARGE_STEP_PROVIDERS, 1)),
-        *told(times(small, pair, 3, 0.05)),
-        *told(times(small, pair, 3, skewed=True)),
+        *told(pooled(2, small, pair, 1, 0.05)),
+        *told(pooled(2, small, pair, 1, skewed=True)),
         *memory(small),
         *memory(large),
     ]
@@ -60,7 +60,9 @@ def told(rows: list[Row]) -> list[Row]:
 
 
 def whole_jobs() -> list[Row]:
-    return end_to_end.main(["--tokens", "12288", "--held-out", "1024", "--turns", "2"])
+    held_out = ["--held-out", "1024"]
+    one = end_to_end.main(["--tokens", "12288", *held_out])
+    return one + end_to_end.main(["--tokens", "6144", *held_out, "--layers", "5", "9", "13"])
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
@@ -126,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder of rows and report")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl too")
     args = parser.parse_args(arguments)
+    if args.quick and args.parts:
+        parser.error(f"--quick must be given without --parts, got {args.parts}")
     narrowed = args.case or args.providers or args.shards
     names = ["quick"] if args.quick else args.parts or (["step"] if narrowed else COMPARISON)
     parts = PARTS

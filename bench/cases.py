@@ -12,6 +12,8 @@ from torch import Tensor
 SAMPLE = Path(__file__).parent / "data" / "smollm2-135m-layer15-sample.safetensors"
 """Rows of SmolLM2-135M's residual stream, written by `python -m bench.quality --sample`."""
 SAMPLE_WIDTH = 576
+OUTLIERS = (32.0, 28.0, 13.0, 9.0, 7.0)
+"""Root mean squares of the sample's largest dimensions over that of its median one."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,20 @@ CASES = {
 
 
 def rows(case: Case, seed: int = 0) -> Tensor:
-    """[B, D]: low-rank plus noise with a few large dimensions, norm sqrt(D) in the mean."""
+    """[B, D]: low-rank plus noise with a few large dimensions, norm sqrt(D) in the mean.
+
+    As in a language model these are about as large in every row; their signs are drawn, where a
+    model's are fixed, so that it is not the same latents that win in all rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     rank = max(1, case.D // 8)
     low = torch.randn(case.B, rank, generator=generator)
     x = low @ torch.randn(rank, case.D, generator=generator)
     x += 0.3 * x.std() * torch.randn(case.B, case.D, generator=generator)
-    x[:, :: max(1, case.D // 4)] *= 5
-    return _scaled(x)
+    large = torch.arange(len(OUTLIERS)) * (case.D // len(OUTLIERS))
+    signs = torch.randn(case.B, len(OUTLIERS), generator=generator).sign()
+    x[:, large] = x.std() * torch.tensor(OUTLIERS) * signs
+    return _scaled(x * (1 + 0.1 * torch.randn(case.B, 1, generator=generator)))
 
 
 def real_rows() -> Tensor:

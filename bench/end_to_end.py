@@ -74,6 +74,7 @@ class Job:
     """By layer."""
     d_sae: int
     k: int
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -87,28 +88,30 @@ class Job:
         return TrainConfig(sae=sae, data=data)
 
 
-def prepare(layers: list[int], tokens: int, d_sae: int, k: int, held_out: int) -> Job:
-    lm = load_language_model()
+def prepare(
+    layers: list[int], tokens: int, d_sae: int, k: int, held_out: int, device: str = "cpu"
+) -> Job:
+    lm = load_language_model(device=device)
     hooks = [resolve_hook(lm, resid_hook_name(layer)) for layer in layers]
     train, rest = split_documents(load_text())
     cut = partial(tokenize, tokenizer=lm.tokenizer, context_size=CONTEXT)
     n_tokens = -(-tokens // BATCH) * BATCH  # whole batches for everybody
     contexts = cut(train, n_tokens=n_tokens)[: n_tokens // CONTEXT]
     unseen = harvest_all(lm, hooks, cut(rest, n_tokens=held_out))
-    return Job(lm, layers, hooks, contexts, unseen, d_sae, k)
+    return Job(lm, layers, hooks, contexts, unseen, d_sae, k, device)
 
 
 def mean_fvu(job: Job, saes: Iterable[SAE]) -> float:
     """Over the layers, on held-out rows."""
     pairs = zip(saes, job.held_out, strict=True)
-    return mean(held_out_fvu(sae, held_out.rows) for sae, held_out in pairs)
+    return mean(held_out_fvu(sae, one.rows.to(sae.device, torch.float32)) for sae, one in pairs)
 
 
 def run_fastsae(job: Job, clock: Clock) -> list[SAE]:
     """Harvest all layers in one pass, then train side by side on the rows shuffled."""
     found = harvest_all(job.lm, job.hooks, job.contexts)
     rows = {hook.name: one.rows for hook, one in zip(job.hooks, found, strict=True)}
-    group = TrainerGroup({name: job.config for name in rows}, device="cpu")
+    group = TrainerGroup({name: job.config for name in rows}, device=job.device)
     drawn = {name: ShuffledRows(one, BATCH) for name, one in rows.items()}
     every = max(1, group.total_steps // LOOKS)
 
@@ -149,7 +152,7 @@ def _sae_lens_at(job: Job, layer: int, clock: Clock, flags: dict[str, Any]) -> S
     from transformer_lens.model_bridge import TransformerBridge
 
     with clock.stopped():
-        own = load_language_model()  # a bridge takes its model apart
+        own = load_language_model(device=job.device)  # a bridge takes its model apart
         bridge: Any = TransformerBridge.boot_transformers(
             str(own.model.config.name_or_path), hf_model=own.model, tokenizer=own.tokenizer
         )
@@ -176,7 +179,7 @@ def _sae_lens_at(job: Job, layer: int, clock: Clock, flags: dict[str, Any]) -> S
             n_batches_for_norm_estimate=8,
             prefetch_llm_batches=True,
             lr=1e-3,
-            device="cpu",
+            device=job.device,
             logger=LoggingConfig(log_to_wandb=False),
             n_eval_batches=1,
             output_path=folder,
@@ -189,7 +192,7 @@ def _sae_lens_at(job: Job, layer: int, clock: Clock, flags: dict[str, Any]) -> S
             cfg, override_dataset=dataset, override_model=bridge
         )
         runner.run()
-        return SAE.load_from_disk(folder)
+        return SAE.load_from_disk(folder, device=job.device)
 
 
 def run_sparsify(job: Job, clock: Clock) -> list[SAE]:
@@ -212,12 +215,12 @@ def run_sparsify(job: Job, clock: Clock) -> list[SAE]:
             run_name="run",
         )
         with clock.stopped():
-            model = load_language_model().model
+            model = load_language_model(device=job.device).model
         trainer = Trainer(cfg, dataset, model)
         trainer.fit()
         for hookpoint in hookpoints:
             trainer.saes[hookpoint].save_to_disk(Path(folder) / hookpoint)
-        return [load_sae(Path(folder) / hookpoint) for hookpoint in hookpoints]
+        return [load_sae(Path(folder) / hookpoint, job.device) for hookpoint in hookpoints]
 
 
 SAE_LENS_FLAGS = {"autocast": True, "autocast_lm": True, "compile_llm": True, "compile_sae": True}
@@ -232,9 +235,16 @@ METHODS: dict[str, Callable[[Job, Clock], list[SAE]]] = {
 }
 
 
-def default_methods() -> list[str]:
-    """All; without a GPU not SAELens with flags that are meant for one."""
-    return [name for name in METHODS if name != "sae-lens-flags" or torch.cuda.is_available()]
+def default_methods(device: str) -> list[str]:
+    """All; on a CPU not SAELens with flags that are meant for a GPU."""
+    return [name for name in METHODS if name != "sae-lens-flags" or device == "cuda"]
+
+
+def seconds_since(started: float, job: Job) -> float:
+    """Until all is done that the device was given."""
+    if job.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 @torch.no_grad()
@@ -243,19 +253,19 @@ def model_seconds(job: Job) -> float:
     started = time.perf_counter()
     for part in job.contexts.split(MODEL_CONTEXTS):
         capture_all(job.lm, job.hooks, part)
-    return time.perf_counter() - started
+    return seconds_since(started, job)
 
 
 def sae_seconds(job: Job) -> float:
     """Of training on as many rows that are in memory, layer by layer."""
     total = 0.0
     for held_out in job.held_out:
-        rows, trainer = held_out.rows, Trainer(job.config)
+        rows, trainer = held_out.rows, Trainer(job.config, device=job.device)
         trainer.initialise(rows)
         started = time.perf_counter()
         for _ in range(job.tokens // BATCH):
             trainer.step(rows[torch.randint(len(rows), (BATCH,))])
-        total += time.perf_counter() - started
+        total += seconds_since(started, job)
     return total
 
 
@@ -342,7 +352,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=default_methods())
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, nargs="+", default=[9])
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--d-sae", type=int, default=4608)
@@ -351,8 +362,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--held-out", type=int, default=4096, help="tokens")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args(arguments)
-    job = prepare(args.layers, args.tokens, args.d_sae, args.k, args.held_out)
-    found = measure(job, args.methods, args.turns)
+    job = prepare(args.layers, args.tokens, args.d_sae, args.k, args.held_out, args.device)
+    found = measure(job, args.methods or default_methods(args.device), args.turns)
     if args.save:
         print(f"appended to {append(args.save, found)}")
     return found

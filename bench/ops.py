@@ -20,6 +20,7 @@ from bench.cases import CASES, Case, find_case
 from bench.measure import interleaved, out_of_memory, peak_mib, quantiles, times_as_long, why
 from bench.record import append
 from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs
+from bench.rivals.inputs import Run
 from bench.roofline import ceilings, op_work
 from fastsae_kernels import Impl
 from fastsae_kernels._dispatch import interpreted
@@ -44,8 +45,7 @@ def times(
     case = t.case
     runs = {p: run for p, run in OPS[name](t).items() if p not in leave_out}
     first = next(iter(runs))
-    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
-    shared = {"bench": "ops", "op": name, **shape}
+    shared = described(name, case)
     anchor: Tensor | None = None
     failed: list[Row] = []
     for provider in list(runs):
@@ -65,12 +65,29 @@ def times(
             return failed
     if interpreted():
         runs = {p: run for p, run in runs.items() if p != Impl.TRITON.value}
+    try:
+        return _timed(shared, runs, t, repeats, limits) + failed
+    except Exception as failure:
+        if not out_of_memory(failure):
+            raise
+        return [{**shared, "provider": p, "failed": why(failure)} for p in runs] + failed
+
+
+def described(name: str, case: Case) -> Row:
+    """What all rows of an op say."""
+    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    return {"bench": "ops", "op": name, **shape}
+
+
+def _timed(
+    shared: Row, runs: dict[str, Run], t: Inputs, repeats: int, limits: dict[str, float] | None
+) -> list[Row]:
     least = 0.0 if t.device == "cuda" else LEAST_SECONDS
     warm_up = 1 if t.device == "cuda" else 0  # each has run once, for its parity
     seconds = interleaved(runs, repeats, warm_up, t.device, least)
     ours = seconds[next(iter(seconds))]
     found = []
-    needed = op_work(name, case, t.x.element_size(), t.touched)
+    needed = op_work(shared["op"], t.case, t.x.element_size(), t.touched)
     for provider, s in seconds.items():
         row = {**shared, "provider": provider, **quantiles(s)}
         row["over_ours"] = round(times_as_long(s, ours), 2)
@@ -79,7 +96,7 @@ def times(
         if t.device == "cpu":
             row |= peak_mib(runs[provider])
         found.append(row)
-    return found + failed
+    return found
 
 
 def _differs(value: Tensor, anchor: Tensor, by_norm: bool, allowed: float) -> str | None:
@@ -133,9 +150,17 @@ def told(
     leave_out: tuple[str, ...] = (),
 ) -> list[Row]:
     """The rows of these ops, each printed as it is measured."""
-    limits = ceilings(case, device)
+    try:
+        limits, inputs = ceilings(case, device), Inputs(case, device)
+    except Exception as failure:
+        if not out_of_memory(failure):
+            raise
+        ours = (Impl.TRITON if device == "cuda" else Impl.EAGER).value
+        said = {"provider": ours, "failed": why(failure)}
+        print(f"{case.name}: {why(failure)}")
+        return [described(name, case) | said for name in names]
     print(f"{case.name}: B={case.B} D={case.D} F={case.F} K={case.K}; ceilings {limits}")
-    found, inputs = [], Inputs(case, device)
+    found: list[Row] = []
     for name in names:
         for row in times(name, inputs, repeats, limits, leave_out):
             found.append(row | limits)

@@ -14,8 +14,9 @@ runs out of memory becomes a row that says so, and is not timed.
 import argparse
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -79,32 +80,42 @@ def times(
             B rows of width D.
     """
     found = {name: find_provider(name) for name in providers}
-    start = Start.random(case, dead, skewed=skewed, device=device)
-    x = batch(case, shards).to(device)
-    called = case.name + "-harvested" * (shards is not None)
-    shape = {"case": called, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
-    shared = {"bench": "train_step", **shape, "dead": dead, "usage": _usage(skewed)}
+    shared = described(case, dead, skewed, shards)
     taken: dict[str, Taken] = {}
-    failed: list[Row] = []
-    for name, provider in found.items():
-        one = first_steps(provider, start, x, draw)
-        if draw == 0 and isinstance(one, Taken):
-            anchor = taken.get(providers[0], one)
-            one = differs(one.losses, anchor.losses, device) or one
-        if isinstance(one, Taken):
-            taken[name] = one
-        elif not taken and one != OUT_OF_MEMORY:
-            raise RuntimeError(f"{name} must run for others to be compared with it: {one}")
-        else:
-            failed.append({**shared, "provider": name, "failed": one})
-            if not taken:
-                return failed
+    failed: dict[str, Row] = {}
     try:
-        return _timed(shared, taken, case, start, x, repeats, draw) + failed
+        start = Start.random(case, dead, skewed=skewed, device=device)
+        x = batch(case, shards).to(device)
+        for name, provider in found.items():
+            one = first_steps(provider, start, x, draw)
+            if draw == 0 and isinstance(one, Taken):
+                anchor = taken.get(providers[0], one)
+                one = differs(one.losses, anchor.losses, device) or one
+            if isinstance(one, Taken):
+                taken[name] = one
+            elif not taken and one != OUT_OF_MEMORY:
+                raise RuntimeError(f"{name} must run for others to be compared with it: {one}")
+            else:
+                failed[name] = {**shared, "provider": name, "failed": one}
+                if not taken:
+                    return [*failed.values()]
+        return [*_timed(shared, taken, case, start, x, repeats, draw), *failed.values()]
     except Exception as failure:
         if not out_of_memory(failure):
             raise
-        return [{**shared, "provider": n, "failed": OUT_OF_MEMORY} for n in taken] + failed
+        return [*_none_fits(shared, [n for n in providers if n not in failed]), *failed.values()]
+
+
+def described(case: Case, dead: float, skewed: bool, shards: Path | None) -> Row:
+    """What all rows of these steps say."""
+    called = case.name + "-harvested" * (shards is not None)
+    shape = {"case": called, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    usage = "skewed" if skewed else "uniform"
+    return {"bench": "train_step", **shape, "dead": dead, "usage": usage}
+
+
+def _none_fits(shared: Row, providers: Iterable[str]) -> list[Row]:
+    return [{**shared, "provider": name, "failed": OUT_OF_MEMORY} for name in providers]
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,16 @@ def _timed(
     return timed
 
 
-def pooled(draws: int, case: Case, providers: list[str], *rest: Any, **options: Any) -> list[Row]:
+def pooled(
+    draws: int,
+    case: Case,
+    providers: list[str],
+    repeats: int,
+    dead: float = 0.0,
+    *,
+    skewed: bool = False,
+    shards: Path | None = None,
+) -> list[Row]:
     """`times` in so many fresh processes, one after another; figures are medians over them.
 
     Where its memory happens to lie makes all steps of one process some percent faster or slower
@@ -180,10 +200,14 @@ def pooled(draws: int, case: Case, providers: list[str], *rest: Any, **options: 
     """
     by_provider: dict[str, list[Row]] = {}
     for draw in range(draws):
+        run = partial(times, skewed=skewed, shards=shards, draw=draw)
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            run = fresh.submit(times, case, providers, *rest, draw=draw, **options)
-            for row in run.result():
-                by_provider.setdefault(row["provider"], []).append(row)
+            try:
+                found = fresh.submit(run, case, providers, repeats, dead).result()
+            except BrokenProcessPool:  # the system ends who asks for too much
+                found = _none_fits(described(case, dead, skewed, shards), providers)
+        for row in found:
+            by_provider.setdefault(row["provider"], []).append(row)
         if "failed" in by_provider[providers[0]][-1]:  # nothing to compare the others with
             break
         providers = [name for name in providers if "failed" not in by_provider[name][-1]]
@@ -201,10 +225,6 @@ def median_of(rows: list[Row]) -> Row:
     if "floor_ms" in found:
         found["roofline"] = round(found["floor_ms"] / found["ms_p50"], 3)
     return found
-
-
-def _usage(skewed: bool) -> str:
-    return "skewed" if skewed else "uniform"
 
 
 def differs(losses: list[float], anchor: list[float], device: str) -> str | None:
@@ -277,12 +297,13 @@ SHOWN += ("peak_mib",)
 
 
 def show(found: list[Row], columns: tuple[str, ...] = SHOWN) -> None:
-    print("  ".join(f"{c:>20}" for c in columns))
+    cells = [[str(row.get(c, "")) for c in columns] for row in found if "failed" not in row]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in (columns, *cells):
+        print("  ".join(map(str.rjust, line, widths)))
     for row in found:
         if "failed" in row:
-            print(f"{row['provider']:>20}  not timed, {row['failed']}")
-        else:
-            print("  ".join(f"{row.get(c, '')!s:>20}" for c in columns))
+            print(f"{row['provider']:>{widths[0]}}  not timed, {row['failed']}")
 
 
 def main() -> None:

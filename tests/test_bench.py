@@ -294,9 +294,8 @@ def test_the_flags_of_sae_lens_reach_its_runner_and_are_for_a_gpu(monkeypatch):
     for name in ("sae-lens", "sae-lens-flags"):
         end_to_end.METHODS[name](job, Clock())
     assert asked == [(3, {}), (3, end_to_end.SAE_LENS_FLAGS)]
-    for available in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
-        assert ("sae-lens-flags" in end_to_end.default_methods()) is available
+    assert "sae-lens-flags" not in end_to_end.default_methods("cpu")
+    assert "sae-lens-flags" in end_to_end.default_methods("cuda")
     absent = Provider(fastsae_step, "no_such_module", "pip install it")
     monkeypatch.setitem(PROVIDERS, "sae-lens", absent)
     ran = end_to_end.run(job, ["sae-lens-flags"], turns=1)

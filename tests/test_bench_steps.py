@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, roofline, train_step
-from bench.cases import Case, Start, batch, find_case, rows
+from bench import measure, ops, roofline, train_step
+from bench.cases import Case, Start, batch, find_case, real_rows, rows
 from bench.providers import PROVIDERS, fastsae_step, find_provider
 from bench.providers.base import Provider
 from bench.report.page import case_title
@@ -22,6 +22,17 @@ from tiny_models import save_stories, save_tiny_llama
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", 12, 16, 64, 2)
+
+
+def test_synthetic_rows_have_the_norms_and_outliers_of_real_ones():
+    real, made = real_rows(), rows(find_case("gpt2-small-24k"))
+    sizes = [x.square().mean(0).sqrt() for x in (real, made)]
+    outliers, ours = (s.topk(6).values / s.median() for s in sizes)
+    assert ours[:5].tolist() == pytest.approx(outliers[:5].tolist(), rel=0.15)
+    assert ours[5] < 3
+    norms, ours = (x.norm(dim=1) / x.shape[1] ** 0.5 for x in (real, made))
+    assert float(ours.mean()) == pytest.approx(float(norms.mean()), rel=1e-3)
+    assert float(ours.std()) == pytest.approx(float(norms.std()), rel=0.2)
 
 
 def test_a_provider_that_fails_parity_is_not_timed(monkeypatch, capsys):
@@ -59,6 +70,28 @@ def test_memory_that_runs_out_while_steps_are_timed_is_a_row_too(monkeypatch, ca
     whole = importlib.import_module("bench.__main__")
     assert whole.told(found) == found
     assert "plain-pytorch  not timed, out of memory" in capsys.readouterr().out
+
+
+def test_inputs_that_do_not_fit_are_rows_too(monkeypatch):
+    def too_large(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr(train_step, "batch", too_large)
+    found = train_step.times(TINY, ["fastsae", "plain-pytorch"], repeats=1)
+    assert [(row["provider"], row["failed"]) for row in found] == [
+        ("fastsae", "out of memory"),
+        ("plain-pytorch", "out of memory"),
+    ]
+    monkeypatch.setattr(ops, "Inputs", too_large)
+    (row,) = ops.told(TINY, ["sparse_decode"], 1)
+    assert (row["op"], row["failed"]) == ("sparse_decode", "out of memory")
+
+
+def test_a_process_that_the_system_ends_is_a_row_too(tmp_path):
+    ended = tmp_path / "ended.py"
+    ended.write_text("import os\ndef step(start):\n    os.kill(os.getpid(), 9)\n")
+    (row,) = train_step.pooled(2, TINY, [f"{ended}:step"], 1)
+    assert row["failed"] == "out of memory"
 
 
 def test_a_system_that_tells_no_peak_memory_is_timed_all_the_same(monkeypatch):

@@ -8,11 +8,10 @@ import argparse
 from pathlib import Path
 
 from bench.pages import between_markers
-from bench.report import plots
 from bench.report.ops import op_figures
 from bench.report.page import page
 from bench.report.readme import readme_lines
-from bench.report.rows import committed, read
+from bench.report.rows import PREFIX, committed, read
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
@@ -21,6 +20,8 @@ IMAGES = ROOT / "docs" / "images"
 def write(out: Path, files: list[Path]) -> Path:
     """report.md and its pictures in `out`, of the rows in `files`."""
     rows = read(*files)
+    from bench.report import plots  # it needs matplotlib, which benchmarks do not
+
     gpu = [row for row in rows if row.get("part") or row["bench"].startswith("gpu")]
     cpu = [row for row in rows if row not in gpu]
     drawn = plots.draw(out / "images", cpu, gpu)
@@ -32,13 +33,13 @@ def write(out: Path, files: list[Path]) -> Path:
 
 def benchmarks_page() -> str:
     """docs/benchmarks.md as the committed rows have it."""
-    drawn = {path.stem.removeprefix(plots.PREFIX) for path in IMAGES.glob(f"{plots.PREFIX}*.png")}
+    drawn = {path.stem.removeprefix(PREFIX) for path in IMAGES.glob(f"{PREFIX}*.png")}
     show = lambda name: _shown(name) if name in drawn else []
     return page(committed("cpu"), committed("gpu"), committed("quality"), show)
 
 
 def _shown(name: str) -> list[str]:
-    return ["", f"![{name}](images/{plots.PREFIX}{name}.png)"]
+    return ["", f"![{name}](images/{PREFIX}{name}.png)"]
 
 
 def with_numbers(readme: str) -> str:
@@ -63,8 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="with --rows")
     args = parser.parse_args(arguments)
     if args.rows:
+        if absent := [str(path) for path in args.rows if not path.exists()]:
+            parser.error(f"--rows must be files that are there, got {', '.join(absent)}")
         print(write(args.out, args.rows))
         return
+    from bench.report import plots
+
     plots.draw(IMAGES, committed("cpu"), committed("gpu"))
     (ROOT / "docs" / "benchmarks.md").write_text(benchmarks_page())
     filled = {"README.md": with_numbers, "docs/kernels.md": with_figures}

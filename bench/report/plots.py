@@ -7,13 +7,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from bench.report.rows import Row, by_device, digest, newest, of, timed
+from bench.report.rows import PREFIX, Row, by_device, digest, newest, of, timed
 from bench.scaling import fit, predicted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-
-PREFIX = "bench-"
 
 
 def draw(folder: Path, cpu: list[Row], gpu: list[Row]) -> list[str]:

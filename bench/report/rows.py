@@ -11,6 +11,8 @@ from bench.record import RESULTS
 from bench.roofline import op_work
 
 Row = dict[str, Any]
+PREFIX = "bench-"
+"""Of the names of pictures."""
 
 
 def read(*files: Path) -> list[Row]:
@@ -84,11 +86,14 @@ def failures(rows: list[Row]) -> list[str]:
 
 
 def where(rows: list[Row]) -> str:
+    """The machine and the versions of the last row; the commits of all."""
     row = rows[-1]
     packages = ("torch", "triton", "sae-lens", "eai-sparsify", "dictionary-learning")
     versions = ", ".join(f"{k} {row[k]}" for k in packages if row.get(k))
     changed = " and changes" if any(row.get("dirty") for row in rows) else ""
-    commit = f", commit {row['commit']}{changed}" if row.get("commit") else ""
+    commits = list(dict.fromkeys(row["commit"] for row in rows if row.get("commit")))
+    named = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    commit = f", {named}{changed}" if commits else ""
     return f"{row['device']}, {row['threads']} threads, {versions}{commit}, {row['date'][:10]}"
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bench.cases import Case, rows
+from bench.cases import Case, batch
 from fastsae_kernels import Impl, SparseCode, batch_topk_encode, topk_encode
 from fastsae_kernels._dispatch import interpreted
 
@@ -24,7 +24,7 @@ class Inputs:
         W = torch.randn(case.F, case.D, device=device, generator=generator)
         # Masters that their copies represent exactly, so that those who read either agree.
         W = W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True)).to(self.dtype)
-        self.x = rows(case).to(device, self.dtype)
+        self.x = batch(case).to(device, self.dtype)
         self.W_enc = W.to(torch.float32, copy=True).t().requires_grad_()
         self.W_dec = W.to(torch.float32, copy=True).requires_grad_()
         self.b_enc = torch.zeros(case.F, device=device, requires_grad=True)
