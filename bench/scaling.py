@@ -87,11 +87,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
-    found = curves({axis: args.providers for axis in args.axes}, args.repeats)
-    ours = [row for row in found if row["provider"] == "fastsae"]
+    try:
+        found = curves({axis: args.providers for axis in args.axes}, args.repeats)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    ours = [row for row in found if row["provider"] == args.providers[0] and "ms_p50" in row]
     a, b, c, d = fit(ours)
-    print(f"fastsae: {a:.3g} ms a billion B D F, {b:.3g} ms a million F D, {c:.3g} ms a million")
-    print(f"B K D, {d:.3g} ms")
+    print(f"{args.providers[0]}: {a:.3g} ms a billion B D F, {b:.3g} ms a million F D,")
+    print(f"{c:.3g} ms a million B K D, {d:.3g} ms")
     if args.save:
         print(f"appended to {append(args.save, found)}")
 
