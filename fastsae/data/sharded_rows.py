@@ -131,10 +131,9 @@ class ShardedRows:
 
     def _check_finite(self, rows: Tensor, numbers: Tensor, shards: list[int]) -> None:
         """Of rows that were read, by their numbers over some shards: harvests hold no other."""
-        finite = _finite(rows)
-        if finite.all():
+        if _finite(rows):
             return
-        number = int(numbers[int(finite.argmin())])
+        number = int(numbers[int((~rows.isfinite()).any(1).int().argmax())])
         for shard in shards:
             if number < self.sizes[shard]:
                 raise ValueError(
@@ -175,11 +174,14 @@ def _gather(files: list[np.ndarray], rows: Tensor, out: np.ndarray) -> None:
         np.take(file, wanted, axis=0, out=out[first:last], mode="clip")
 
 
-def _finite(rows: Tensor) -> np.ndarray:
-    """Whether all of each row is; on one thread, as `_gather`."""
-    if rows.dtype == torch.bfloat16:  # as bits: a full exponent is inf or NaN
-        return np.all((_bits(rows) & 0x7F80) != 0x7F80, axis=1)
-    return np.all(np.isfinite(_bits(rows)), axis=1)
+def _finite(rows: Tensor) -> bool:
+    """Whether all are. Without their signs the bits of floats are in order, up to inf and NaN;
+    they are compared by numpy, on one thread as in `_gather`, several times as fast as they come.
+    """
+    integers = torch.int16 if rows.element_size() == 2 else torch.int32
+    bits = rows.view(integers).numpy()
+    infinity = torch.tensor(torch.inf, dtype=rows.dtype).view(integers).item()
+    return bool((bits & np.iinfo(bits.dtype).max).max(initial=0) < infinity)
 
 
 def _bits(rows: Tensor) -> np.ndarray:
