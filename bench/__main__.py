@@ -148,9 +148,9 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         part = time.perf_counter()
         made = parts[name]()
-        append((args.out / "rows.jsonl").absolute(), made)
+        append((args.out / "rows.jsonl").absolute(), made, "cpu")
         if args.save:
-            append(args.save, made)
+            append(args.save, made, "cpu")
         found += made
         print(f"{name}: {time.perf_counter() - part:.0f} s", flush=True)
     if not args.quick and found:

@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     job = prepare(args.layers, args.tokens, args.d_sae, args.k, args.held_out, args.device)
     found = measure(job, args.methods or default_methods(args.device), args.turns)
     if args.save:
-        print(f"appended to {append(args.save, found)}")
+        print(f"appended to {append(args.save, found, args.device)}")
     return found
 
 

@@ -250,6 +250,8 @@ def summary(rows: list[Row]) -> str:
     lines = [f"{sum(r['passed'] for r in checks)} of {len(checks)} checks passed"]
     lines += [f"  FAILED {r['check']}" for r in checks if not r["passed"]]
     for row in rows:
+        if "failed" in row:
+            continue
         if row["bench"] == "gpu_encode":
             line = f"  encode {row['case']:24}{row['provider']:34}{row['ms']:9.3f} ms"
             lines.append(f"{line}{row['over_cublas']:7.2f} x cuBLAS")

@@ -15,6 +15,9 @@ Run = Callable[[], object]
 
 OUT_OF_MEMORY = "out of memory"
 """What a row says that was not timed for it."""
+FIRST_STEP, THIRD_STEP = 1e-4, 1e-2  # relative difference of the loss
+HALF_STEP = 2e-2
+"""Of the first loss, where one of the two computes in half precision."""
 FLUSH_BYTES = 1 << 30
 MORE_TURNS = 5
 """Times as many turns as were asked for are the most, where runs are short."""
@@ -122,6 +125,18 @@ def why(failure: BaseException) -> str:
     if out_of_memory(failure):
         return OUT_OF_MEMORY
     return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+
+
+def differs(losses: list[float], anchor: list[float], device: str) -> str | None:
+    """What a row says of a first or third loss too far from the anchor's; None of like ones."""
+    first = FIRST_STEP if device == "cpu" else HALF_STEP
+    apart = [abs(a / b - 1) for a, b in zip(losses, anchor, strict=True)]
+    # "Not at or under" rather than "above": NaN is a difference.
+    if apart[0] <= first and apart[2] <= max(first, THIRD_STEP):
+        return None
+    return (
+        f"parity: mse {losses[0]:.6g} and {losses[2]:.6g}, not {anchor[0]:.6g} and {anchor[2]:.6g}"
+    )
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:

@@ -53,7 +53,7 @@ def times(
             value = runs[provider]().detach()
             anchor = value.clone() if anchor is None else anchor
             known = provider == first or provider in NO_RIVAL
-            said = None if known else _differs(value, anchor, name in BY_NORM, PARITY[t.dtype])
+            said = None if known else op_differs(value, anchor, name in BY_NORM, PARITY[t.dtype])
         except Exception as failure:
             if provider == first and not out_of_memory(failure):
                 raise
@@ -99,7 +99,7 @@ def _timed(
     return found
 
 
-def _differs(value: Tensor, anchor: Tensor, by_norm: bool, allowed: float) -> str | None:
+def op_differs(value: Tensor, anchor: Tensor, by_norm: bool, allowed: float) -> str | None:
     error = _difference(value, anchor, by_norm)
     # "Not at or under" rather than "above": NaN is a difference.
     return None if error <= allowed else f"parity: relative error {error:.1e}"
@@ -139,7 +139,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     found = told(case, args.op, args.repeats, args.device)
     if args.save:
-        print(f"appended to {append(args.save, found)}")
+        print(f"appended to {append(args.save, found, args.device)}")
 
 
 def told(

@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     for row in found:
         row |= {"case": f"smollm2-135m layer {args.layer}", "tokens": args.tokens}
     if args.save:
-        print(f"appended to {append(args.save, found)}")
+        print(f"appended to {append(args.save, found, 'cpu')}")
     return found
 
 

@@ -96,7 +96,7 @@ def main() -> None:
     print(f"{args.providers[0]}: {a:.3g} ms a billion B D F, {b:.3g} ms a million F D,")
     print(f"{c:.3g} ms a million B K D, {d:.3g} ms")
     if args.save:
-        print(f"appended to {append(args.save, found)}")
+        print(f"appended to {append(args.save, found, 'cpu')}")
 
 
 if __name__ == "__main__":

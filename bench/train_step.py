@@ -29,6 +29,7 @@ from torch import Tensor
 from bench.cases import Case, Start, batch, find_case, rows
 from bench.measure import (
     OUT_OF_MEMORY,
+    differs,
     interleaved,
     out_of_memory,
     peak_extra_bytes,
@@ -46,9 +47,6 @@ from fastsae_kernels import release_scratch, workspace
 CASE = "smollm2-135m-16k"
 MEMORY_CASES = ("smollm2-135m-65k", "smollm2-135m-262k")
 MEMORY_WORKSPACE = 32 << 20
-FIRST_STEP, THIRD_STEP = 1e-4, 1e-2  # relative difference of the loss
-HALF_STEP = 2e-2
-"""Of the first loss, where one of the two computes in half precision."""
 
 LEAST_SECONDS = 5.0
 """Of all turns together, on a CPU."""
@@ -227,17 +225,6 @@ def median_of(rows: list[Row]) -> Row:
     return found
 
 
-def differs(losses: list[float], anchor: list[float], device: str) -> str | None:
-    first = FIRST_STEP if device == "cpu" else HALF_STEP
-    apart = [abs(a / b - 1) for a, b in zip(losses, anchor, strict=True)]
-    # "Not at or under" rather than "above": NaN is a difference.
-    if apart[0] <= first and apart[2] <= max(first, THIRD_STEP):
-        return None
-    return (
-        f"parity: mse {losses[0]:.6g} and {losses[2]:.6g}, not {anchor[0]:.6g} and {anchor[2]:.6g}"
-    )
-
-
 def _products(case: Case, start: Start, x: Tensor) -> dict[str, Callable[[], object]]:
     """The encoder's product alone, in either memory order of the weight and into a fresh output."""
     dtype = torch.bfloat16 if x.is_cuda else torch.float32
@@ -343,7 +330,7 @@ def main() -> None:
     if args.peers:
         print(summary(found))
     if args.save:
-        print(f"appended to {append(args.save, found)}")
+        print(f"appended to {append(args.save, found, args.device)}")
 
 
 if __name__ == "__main__":

@@ -230,6 +230,31 @@ def test_rows_carry_the_hardware_and_versions(tmp_path, monkeypatch):
     assert row["commit"] == "abc1234"
 
 
+def test_rows_of_a_gpu_name_the_one_that_is_visible(monkeypatch):
+    asked = []
+
+    def old_driver(query, **options):
+        asked.append(query)
+        if "clocks_event_reasons" in query[1]:
+            raise subprocess.CalledProcessError(2, query)
+        return subprocess.CompletedProcess(query, 0, "1.2, 900 MHz, 1980 MHz, 2619 MHz, 0x4\n")
+
+    gpu = SimpleNamespace(uuid="abc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(record, "_commit", lambda: {})
+    monkeypatch.setattr(subprocess, "run", old_driver)
+    row = record.environment()
+    assert (row["device"], row["sm_clock"], row["throttle_reasons"]) == ("H200", "900 MHz", "0x4")
+    assert len(asked) == 2 and asked[1][-2:] == ["-i", "GPU-abc"]
+    del gpu.uuid
+    assert record._gpu_id() == "3"
+    on_cpu = record.environment("cpu")
+    assert on_cpu["device"] != "H200" and on_cpu["cuda"] is None and "driver" not in on_cpu
+
+
 def test_a_curve_tells_when_and_by_when():
     curve = [(1.0, 0.5), (2.0, 0.3), (3.0, 0.2)]
     assert seconds_to(curve, 0.3) == 2.0

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def test_the_gpu_run_in_miniature(name, function, tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr().out
     for row in rows:
         if row["bench"] in ("gpu_step", "gpu_encode"):
+            assert "failed" not in row and row["flop"] > 0 and "roofline" in row
             assert row["ms"] == row["ms_p20"] == row["ms_p50"] == row["ms_p80"] == 1000.0
     assert made.failures == [], shown
     assert " fails " not in shown and "left out:" not in shown
@@ -191,9 +193,6 @@ def test_libraries_are_timed_or_named_with_their_command(monkeypatch, capsys):
     monkeypatch.setitem(providers.PROVIDERS, "absent", absent)
     made, rows = harness.Report("steps", 60.0), []
     made.measured = lambda row, text: rows.append(row)
-    monkeypatch.setattr(providers, "GPU_PEERS", ["fastsae", "absent"])
-    speed.peers(harness.QUICK, made)
-    assert "absent is not installed: pip install it" in capsys.readouterr().out and rows == []
     monkeypatch.setattr(providers, "GPU_PEERS", ["fastsae", "plain-pytorch", "absent"])
     made.budget = 1.0
     speed.peers(harness.QUICK, made)
@@ -201,7 +200,37 @@ def test_libraries_are_timed_or_named_with_their_command(monkeypatch, capsys):
     made.budget = 60.0
     speed.peers(harness.QUICK, made)
     timed = [row["provider"] for row in rows if "over_fastsae" in row]
+    assert [r["failed"] for r in rows if "failed" in r] == ["not installed: pip install it"]
     assert timed[:2] == ["fastsae", "plain-pytorch"] and rows[0]["bench"] == "train_step"
+
+
+def test_a_rival_that_trains_otherwise_or_does_not_fit_is_a_row(monkeypatch):
+    made, rows = harness.Report("steps", 60.0), []
+    made.measured = lambda row, text: rows.append(row)
+    monkeypatch.setattr(speed, "FusedStep", lambda case, impl: lambda x: torch.ones(()))
+    monkeypatch.setattr(speed, "trainer_step", lambda case: lambda x: torch.ones(()))
+    monkeypatch.setattr(speed, "bag_step", lambda case: lambda x: torch.tensor(1.5))
+    monkeypatch.setattr(speed, "dense_step", lambda case, compiled=False: lambda x: torch.ones(()))
+    speed.steps(harness.QUICK, made)
+    failed = {row["provider"]: row["failed"] for row in rows if "failed" in row}
+    assert list(failed) == ["plain PyTorch, embedding_bag"] and made.failures == []
+    assert "parity: mse 1.5" in failed["plain PyTorch, embedding_bag"]
+    rows.clear()
+    monkeypatch.setattr(speed, "gibibytes", lambda: 1.0)
+    speed.steps(harness.QUICK, made)
+    assert [row["failed"] for row in rows] == ["out of memory: needs 8 GiB"]
+
+
+def test_an_encode_of_other_activations_is_named():
+    values = torch.tensor([[2.0, 1.0], [3.0, 0.0]])
+    code = lambda values: lambda: SparseCode(values, torch.zeros(2, 2, dtype=torch.int32))
+    runs: dict[str, Any] = {
+        "ours": code(values),
+        "turned": code(values.flip(1)),
+        "other": code(2 * values),
+    }
+    found = speed._unlike(runs, "ours", ("turned", "other", "absent"))
+    assert found == {"other": "parity: relative error 1.0e+00"}
 
 
 def test_launches_of_a_run_without_a_gpu_are_none():

@@ -1,10 +1,11 @@
 """Times, each with its ceilings and rivals measured in the same process."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ from bench.gpu.harness import (
     step_seconds,
 )
 from bench.gpu.step import FusedStep, Step, bag_step, dense_step, trainer_step
-from bench.measure import Run, quantiles
+from bench.measure import OUT_OF_MEMORY, Run, differs, out_of_memory, peak_mib, quantiles
 from bench.rivals import OPS, Inputs
-from bench.roofline import ceilings
+from bench.roofline import Work, ceilings, step_work
 from fastsae_kernels import Impl, topk_encode
 
 COLUMNS = 131_072
@@ -107,13 +108,22 @@ def _encode_case(case: Case, repeats: int, report: Report) -> None:
         ),
     }
     runs |= {_tile_name(tile): by_tile(tile) for tile in tiles()}
-    samples = seconds_of(_that_run(runs, report), repeats)
+    runs = _that_run(runs, report)
+    alike = ("cuBLAS + torch.topk", "eager", *map(_tile_name, tiles()))
+    for name, said in _unlike(runs, "ours", alike).items():
+        row = {"bench": "gpu_encode", **shape_of(case), "provider": name, "failed": said}
+        report.measured(row, f"{case.name:22}{name:34} not timed, {said}")
+        del runs[name]
+    samples = seconds_of(runs, repeats)
     seconds = {name: median(turns) for name, turns in samples.items()}
     flop = 2 * case.B * case.D * case.F
+    work = Work(flop, 0.0)
+    product = {"gemm_gflops": flop / seconds["cuBLAS"] / 1e9, "copy_gbps": math.inf}
     for name, s in seconds.items():
         over = s / seconds["cuBLAS"]
         row = {"bench": "gpu_encode", **shape_of(case), "provider": name, "ms": 1e3 * s}
         row |= quantiles(samples[name])
+        row |= work.row(1e3 * s, product) | _peak(runs[name])
         row |= {"tflops": flop / s / 1e12, "over_cublas": over, "roofline": 1 / over}
         report.measured(
             row,
@@ -123,6 +133,19 @@ def _encode_case(case: Case, repeats: int, report: Report) -> None:
     for name in ("ours", *map(_tile_name, tiles())):
         if name in seconds:
             _launches(report, case, name, runs[name])
+
+
+def _unlike(runs: dict[str, Run], anchor: str, names: tuple[str, ...]) -> dict[str, str]:
+    """What a row says of each whose activations, in order, are not the anchor's."""
+    # First of a SparseCode as of what torch.topk returns.
+    values = lambda name: cast(tuple[Tensor, ...], runs[name]())[0].float().sort(dim=1).values
+    expected, allowed = values(anchor), ops.PARITY[torch.bfloat16]
+    said = {n: ops.op_differs(values(n), expected, False, allowed) for n in names if n in runs}
+    return {name: why for name, why in said.items() if why is not None}
+
+
+def _peak(run: Run) -> Row:
+    return {} if DRY else peak_mib(run, DEVICE)
 
 
 def _tile_name(tile: Any) -> str:
@@ -191,13 +214,18 @@ def steps(scale: Scale, report: Report) -> None:
         if not report.enough_time(12, f"steps at {case.name}"):
             continue
         if gibibytes() < needed:
-            report.note(f"left out for want of memory: {case.name} takes {needed:.0f} GiB")
+            _left_out(case, "fastsae", f"{OUT_OF_MEMORY}: needs {needed:.0f} GiB", report)
             continue
         try:
             _steps_at(case, report)
-        except torch.OutOfMemoryError as failure:
-            report.check(f"steps at {case.name} fit", False, why=str(failure)[:200])
+        except torch.OutOfMemoryError:
+            _left_out(case, "fastsae", f"{OUT_OF_MEMORY}: needs {needed:.0f} GiB", report)
         free_memory()
+
+
+def _left_out(case: Case, name: str, said: str, report: Report) -> None:
+    row = {"bench": "gpu_step", **shape_of(case), "provider": name, "failed": said}
+    report.measured(row, f"{case.name:20}{name:32} not timed, {said}")
 
 
 def _steps_at(case: Case, report: Report) -> None:
@@ -213,6 +241,8 @@ def _steps_at(case: Case, report: Report) -> None:
         "dense PyTorch, torch.compile": (50, lambda: dense_step(case, compiled=not DRY)),
     }
     ours: float | None = None
+    anchor: list[float] = []
+    work = step_work(case, half=True)
     for name, (needed, make) in rivals.items():
         # Dense: masters, gradients and moments, scores and their gradients several times over.
         dense = case.F * case.D * 32 / 2**30 + 6 * case.B * case.F * 4 / 2**30
@@ -223,10 +253,20 @@ def _steps_at(case: Case, report: Report) -> None:
             continue
         try:
             step = make()
-            losses = [float(step(x)) for _ in range(1 if DRY else 3)]
+            losses = [float(step(x)) for _ in range(3)]
+            anchor = anchor or losses
+            # The trainer starts from weights of its own.
+            said = None if name.startswith("fastsae") else differs(losses, anchor, "cuda")
+            if said is not None:
+                _left_out(case, name, said, report)
+                step = None
+                free_memory()
+                continue
             samples = step_seconds(lambda step=step: step(x), 10 if case.F <= COLUMNS else 4)
         except Exception as failure:
             _must_be_usable(failure)
+            if out_of_memory(failure) and name == "fastsae":
+                raise
             report.check(f"{name} at {case.name} runs", False, why=str(failure)[:300])
             step = None
             free_memory()
@@ -235,6 +275,7 @@ def _steps_at(case: Case, report: Report) -> None:
         ours = ours or seconds
         row = {"bench": "gpu_step", **shape_of(case), "provider": name, "ms": 1e3 * seconds}
         row |= quantiles(samples)
+        row |= work.row(1e3 * seconds, floor) | _peak(lambda step=step: step(x))
         row |= {**floor, "over_floor": 1e3 * seconds / floor["floor_ms"], "losses": losses}
         row["over_ours"] = seconds / ours
         report.measured(
@@ -249,21 +290,17 @@ def _steps_at(case: Case, report: Report) -> None:
 
 
 def peers(scale: Scale, report: Report) -> None:
-    """Training steps of the other libraries that are installed, beside ours."""
+    """Training steps of the other libraries; a row of one that is not installed says so."""
     if importlib.util.find_spec("jaxtyping") is None:
         return report.note("other libraries left out: jaxtyping absent")
     # These import fastsae, which that package must be there for.
     from bench import train_step
     from bench.providers import GPU_PEERS, PROVIDERS
 
-    absent = {name: PROVIDERS[name].missing() for name in GPU_PEERS}
-    for name, install in absent.items():
-        if install is not None:
-            report.note(f"{name} is not installed: {install}")
-    here = [name for name, install in absent.items() if install is None]
-    if len(here) < 2 or not report.enough_time(PEER_SECONDS * len(here), "other libraries"):
+    here = [name for name in GPU_PEERS if PROVIDERS[name].missing() is None]
+    if not report.enough_time(PEER_SECONDS * len(here), "other libraries"):
         return None
-    for row in train_step.times(scale.peers, here, scale.repeats, device=DEVICE):
+    for row in train_step.times(scale.peers, GPU_PEERS, scale.repeats, device=DEVICE):
         name = f"{row['case']:20}{row['provider']:32}"
         if "failed" in row:
             said = f"not timed, {row['failed']}"

@@ -17,5 +17,5 @@ def once(key: Row, measure: Callable[[], Row]) -> None:
     if any(all(row.get(name) == value for name, value in key.items()) for row in saved()):
         return
     row = key | measure()
-    append(FILE, [row])
+    append(FILE, [row], "cpu")
     print({name: value for name, value in row.items() if name != "curve"}, flush=True)

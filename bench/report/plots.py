@@ -24,7 +24,7 @@ def draw(folder: Path, cpu: list[Row], gpu: list[Row]) -> list[str]:
         "scaling": (scaling, scaling_curves),
         "memory": ([row for row in scaling if row["axis"] == "F" and "peak_mib" in row], memory),
         "roofline": (ops, roofline_bars),
-        "gpu": (next(iter(by_device(of(gpu, "gpu_step"))), []), gpu_bars),
+        "gpu": (next(iter(by_device(timed(of(gpu, "gpu_step")))), []), gpu_bars),
     }
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []

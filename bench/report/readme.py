@@ -33,7 +33,7 @@ def readme_lines(cpu: list[Row], gpu: list[Row], quality: list[Row]) -> list[str
     on_gpu = timed(of(gpu, "train_step"))
     if on_gpu:
         found += ["", *_trainers(by_device(on_gpu)[0])]
-    steps = [r for r in of(gpu, "gpu_step") if r["provider"] in GPU_NAMES]
+    steps = [r for r in timed(of(gpu, "gpu_step")) if r["provider"] in GPU_NAMES]
     if steps:
         steps = by_device(steps)[0]
         columns = {"provider": "one training step, B=8192, K=64"}
