@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Start, batch, find_case
-from bench.ops import PARITY
-from bench.ops import op_differs
+from bench.ops import PARITY, op_differs
 from bench.providers import PROVIDERS, find_provider
 from bench.providers.base import Step
 from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs, Run
