@@ -2,6 +2,7 @@
 
     python -m bench.scaling                      # each axis in turn, from one middle case
     python -m bench.scaling --axes F K --providers fastsae sae-lens
+    python -m bench.scaling --device cuda --save gpu     # F to a million
 
 A step is modelled as t = a B D F + b F D + c B K D + d: the encoder's product, the optimizer's
 pass over the dictionary, the gathers, and a constant; a to d are at least 0.
@@ -25,21 +26,22 @@ AXES: dict[str, tuple[int, ...]] = {
     "D": (256, 512, 1024),
     "K": (8, 32, 128),
 }
+ON_A_GPU = {**AXES, "F": (*AXES["F"], 1_048_576)}
 DENSE_LIMIT = 65_536
 """Latents from which on rivals that write [B, F] are left out: they would take the whole time."""
 Row = dict[str, Any]
 
 
-def curves(providers: Mapping[str, list[str]], repeats: int) -> list[Row]:
+def curves(providers: Mapping[str, list[str]], repeats: int, device: str = "cpu") -> list[Row]:
     """Of the providers of each axis, ours first; no case is measured twice for the same ones."""
     found: list[Row] = []
     measured: dict[Case, list[Row]] = {}
     for axis, names in providers.items():
-        for value in AXES[axis]:
+        for value in (ON_A_GPU if device == "cuda" else AXES)[axis]:
             case = replace(MIDDLE, **{axis: value})
             mine = names[:1] if case.F >= DENSE_LIMIT else names
             if not set(mine) <= {row["provider"] for row in measured.get(case, [])}:
-                measured[case] = times(case, mine, repeats)
+                measured[case] = times(case, mine, repeats, device=device)
             name = {"bench": "scaling", "case": f"scaling-{axis}-{value}"}
             for row in measured[case]:
                 found.append({**row, **name, "axis": axis, "value": value})
@@ -85,10 +87,11 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--providers", nargs="+", default=["fastsae", "sae-lens"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--save", help="append the rows to bench/results/SAVE.jsonl")
     args = parser.parse_args()
     try:
-        found = curves({axis: args.providers for axis in args.axes}, args.repeats)
+        found = curves({axis: args.providers for axis in args.axes}, args.repeats, args.device)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     ours = [row for row in found if row["provider"] == args.providers[0] and "ms_p50" in row]
@@ -96,7 +99,7 @@ def main() -> None:
     print(f"{args.providers[0]}: {a:.3g} ms a billion B D F, {b:.3g} ms a million F D,")
     print(f"{c:.3g} ms a million B K D, {d:.3g} ms")
     if args.save:
-        print(f"appended to {append(args.save, found, 'cpu')}")
+        print(f"appended to {append(args.save, found, args.device)}")
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def test_the_ceilings_are_positive():
 
 
 def test_no_case_is_measured_twice(monkeypatch, capsys):
-    def once(case, providers, repeats):
+    def once(case, providers, repeats, device):
         measured.append((case, providers))
-        return [{"provider": name, "ms_p50": 1.0, "B": case.B} for name in providers]
+        return [{"provider": name, "ms_p50": 1.0, "on": device} for name in providers]
 
     measured = []
     monkeypatch.setattr(scaling, "times", once)
@@ -105,6 +105,10 @@ def test_no_case_is_measured_twice(monkeypatch, capsys):
     assert [len(providers) for _, providers in measured] == [2, 2, 1, 1, 2, 2, 1, 1]
     middles = [row for row in found if row["value"] == getattr(scaling.MIDDLE, row["axis"])]
     assert {row["axis"] for row in middles} == {"F", "K", "B"}
+    assert all(row["on"] == "cpu" and row["value"] <= 262_144 for row in found)
+    on_gpu = scaling.curves({"F": both[:1]}, 1, "cuda")
+    assert [row["value"] for row in on_gpu][-2:] == [262_144, 1_048_576]
+    assert {row["on"] for row in on_gpu} == {"cuda"}
 
 
 def test_the_fitted_model_is_found_again():

@@ -22,7 +22,7 @@ def write(out: Path, files: list[Path]) -> Path:
     rows = read(*files)
     from bench.report import plots  # it needs matplotlib, which benchmarks do not
 
-    gpu = [row for row in rows if row.get("part") or row["bench"].startswith("gpu")]
+    gpu = [row for row in rows if row.get("cuda") or row["bench"].startswith("gpu")]
     cpu = [row for row in rows if row not in gpu]
     drawn = plots.draw(out / "images", cpu, gpu)
     show = lambda name: _shown(name) if name in drawn else []

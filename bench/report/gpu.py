@@ -28,6 +28,13 @@ TABLES = {
         "tflops": "TFLOP/s",
         "over_cublas": "over cuBLAS",
     },
+    "scaling": {
+        "case": "case",
+        "provider": "provider",
+        "ms_p50": "median ms",
+        "over_gemm": "over GEMM",
+        "roofline": "share of the roofline",
+    },
     "ops": {
         "case": "case",
         "op": "op",
