@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastsae_kernels.code import RaggedCode, SparseCode
+from fastsae_kernels.code import MOST_ENTRIES, RaggedCode, SparseCode
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -110,6 +110,10 @@ def check_code(code: SparseCode | RaggedCode, d_sae: int) -> None:
         raise ValueError(
             f"acts and indices must have the same shape {letters}, "
             f"got {list(acts.shape)} and {list(indices.shape)}"
+        )
+    if acts.numel() > MOST_ENTRIES:
+        raise ValueError(
+            f"acts must hold at most 2^31 - 1 entries (positions are int32), got {acts.numel()}"
         )
     check_indices(indices, d_sae)
     if row_offsets is not None:
