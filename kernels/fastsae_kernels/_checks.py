@@ -28,18 +28,23 @@ def index_checks() -> Iterator[None]:
         _index_checks = before
 
 
-def _values_are_checked(tensor: Tensor) -> bool:
+def values_are_checked(tensor: Tensor) -> bool:
     wanted = tensor.device.type == "cpu" or _index_checks
     return wanted and not torch.compiler.is_compiling()
 
 
 def check_indices(indices: Tensor, d_sae: int) -> None:
-    if not _values_are_checked(indices) or indices.numel() == 0:
+    check_within("indices", indices, "F", d_sae)
+
+
+def check_within(name: str, indices: Tensor, letter: str, size: int) -> None:
+    if not values_are_checked(indices) or indices.numel() == 0:
         return
     least, most = (int(bound) for bound in indices.aminmax())
-    if least < 0 or most >= d_sae:
+    if least < 0 or most >= size:
         raise ValueError(
-            f"indices must be in [0, F) with F = {d_sae}, got values from {least} to {most}"
+            f"{name} must be in [0, {letter}) with {letter} = {size}, "
+            f"got values from {least} to {most}"
         )
 
 
@@ -47,7 +52,7 @@ def check_row_offsets(row_offsets: Tensor, nnz: int) -> None:
     check_int("row_offsets", row_offsets)
     if row_offsets.ndim != 1 or len(row_offsets) == 0:
         raise ValueError(f"row_offsets must have shape [B + 1], got {list(row_offsets.shape)}")
-    if not _values_are_checked(row_offsets):
+    if not values_are_checked(row_offsets):
         return
     first, last = int(row_offsets[0]), int(row_offsets[-1])
     least = int(row_offsets.diff(prepend=row_offsets[:1]).min())
