@@ -33,6 +33,16 @@ def values_are_checked(tensor: Tensor) -> bool:
     return wanted and not torch.compiler.is_compiling()
 
 
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_d_sae(d_sae: int) -> None:
+    if isinstance(d_sae, bool) or not isinstance(d_sae, int):
+        raise TypeError(f"d_sae must be an int, got {d_sae!r}")
+
+
 def check_indices(indices: Tensor, d_sae: int) -> None:
     check_within("indices", indices, "F", d_sae)
 
@@ -116,6 +126,10 @@ def check_code(code: SparseCode | RaggedCode, d_sae: int) -> None:
             f"acts and indices must have the same shape {letters}, "
             f"got {list(acts.shape)} and {list(indices.shape)}"
         )
+    if row_offsets is None and acts.shape[-1] == 0:
+        raise ValueError(f"acts must have shape [..., K] with K >= 1, got {list(acts.shape)}")
+    if code.groups is not None:
+        check_shape("code.groups.offsets", code.groups.offsets, "[F + 1]", (d_sae + 1,))
     if acts.numel() > MOST_ENTRIES:
         raise ValueError(
             f"acts must hold at most 2^31 - 1 entries (positions are int32), got {acts.numel()}"
@@ -151,6 +165,11 @@ def check_encoder(
         check_float("W_compute", W_compute)
         check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
+
+
+def check_bias(name: str, bias: object) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {bias!r}")
 
 
 def check_decoder(W_dec: Tensor, b_dec: Tensor | None) -> None:

@@ -50,8 +50,9 @@ def row_adam(
             rounded to nearest: give the fp32 master here and have `copy` written.
         grads: what backward left in `weight.row_grads`, of any number of loss terms and
             micro-batches: their sum is one gradient.
-        exp_avg, exp_avg_sq: of weight's shape, contiguous, each in weight's dtype or bf16; bf16 moments are
-            rounded stochastically, by a hash of element and step, since to nearest they freeze.
+        exp_avg, exp_avg_sq: of weight's shape, contiguous, each in weight's dtype or bf16; bf16
+            moments are rounded stochastically, by a hash of element and step, since to nearest they
+            freeze.
         step: number of this step, from 1.
         grad_scale: 0-dim factor on the gradient (clipping), or None for 1.
         project: take off each row's gradient its component along the row; a zero row keeps all.
