@@ -193,7 +193,8 @@ def _checked(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> RowState:
         raise ValueError(f"grad_scale must be 0-dim, got {list(rule.grad_scale.shape)}")
     check_same_device(**state._asdict(), grad_scale=rule.grad_scale)
     _check_grads(rows, grads)
-    return RowState(*(None if tensor is None else tensor.flatten(1) for tensor in state))
+    copy = None if state.copy is None else state.copy.flatten(1)
+    return RowState(rows, state.exp_avg.flatten(1), state.exp_avg_sq.flatten(1), copy)
 
 
 def _rows_of(weight: Tensor) -> Tensor:
