@@ -8,6 +8,7 @@ import torch
 from fastsae_kernels import (
     RaggedCode,
     SparseCode,
+    batch_topk_encode,
     group_by_latent,
     index_checks,
     mse_l1_loss,
@@ -15,6 +16,7 @@ from fastsae_kernels import (
     threshold_encode,
     workspace,
 )
+from fastsae_kernels.threshold import jumprelu_encode
 from parity import CASES, DEVICE, SHAPES, Shape, all_in, check_parity, lattice, weights
 
 
@@ -194,6 +196,7 @@ BAD_LOSS: dict[str, Any] = {
     "row_weight_int": ({"row_weight": torch.ones(2).int()}, "row_weight must be a floating dtype"),
     "W_compute": ({"W_compute": torch.ones(3, 4)}, "W_compute must have shape W_dec's"),
     "W_compute_int": ({"W_compute": torch.ones(4, 3).int()}, "W_compute must be a floating dtype"),
+    "b_dec": ({"b_dec": None}, "b_dec must be a tensor, got None"),
     "x_device": ({"x": torch.ones(2, 3, device="meta")}, "x and the others must share a device"),
 }
 
@@ -230,6 +233,10 @@ BAD_CODES = {
     "offsets_fall": (ragged(0, 2, 1, 3), "with a smallest step of -1"),
     "ragged_ndim": (ragged(0, 3)._replace(acts=torch.ones(3, 1)),
                     r"acts and indices must have the same shape \[nnz\], got \[3, 1\] and \[3\]"),
+    "no_slots": (SparseCode(torch.ones(2, 0), torch.ones(2, 0).int()),
+                 r"acts must have shape \[\.\.\., K\] with K >= 1, got \[2, 0\]"),
+    "other_groups": (ragged(0, 1, 3)._replace(groups=group_by_latent(ragged(0, 1, 3), 5)),
+                     r"code.groups.offsets must have shape \[F \+ 1\] = \[5\], got \[6\]"),
 }  # fmt: skip
 
 
@@ -265,3 +272,21 @@ def test_indices_on_a_gpu_are_checked_on_demand():
     row_offsets, indices, acts = (t.cuda() for t in ragged(0, 1, 2)[:3])
     with index_checks(), pytest.raises(ValueError, match="row_offsets must rise from 0"):
         group_by_latent(RaggedCode(row_offsets, indices, acts), 4)
+
+
+@pytest.mark.parametrize("d_sae", [4.0, 2.5, True])
+def test_a_number_of_latents_that_is_no_int_is_refused(d_sae):
+    with pytest.raises(TypeError, match="d_sae must be an int, got"):
+        group_by_latent(ragged(0, 1, 3), d_sae)
+
+
+@pytest.mark.parametrize("number", ["a", True, None])
+def test_what_is_no_number_is_refused(number):
+    x, W_enc, b_enc = torch.ones(2, 3), torch.ones(3, 4), torch.ones(4)
+    for name, run in (
+        ("k", lambda: batch_topk_encode(x, W_enc, b_enc, number)),
+        ("threshold", lambda: threshold_encode(x, W_enc, b_enc, threshold=number)),
+        ("bandwidth", lambda: jumprelu_encode(x, W_enc, b_enc, b_enc, number)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got {number!r}"):
+            run()

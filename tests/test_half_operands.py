@@ -61,8 +61,9 @@ def test_without_a_copy_rows_in_fp32_stay_as_they_are(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_shift_of_the_rows_has_the_gradient_of_the_copy(impl):
-    x, b_pre = torch.randn(12, 16, device=DEVICE), torch.zeros(16, device=DEVICE)
+def test_rows_and_their_shift_have_the_gradient_of_the_copy(impl):
+    x = torch.randn(12, 16, device=DEVICE, requires_grad=True)
+    b_pre = torch.zeros(16, device=DEVICE)
     W_enc, b_enc, _, _ = weights()
     # Far from the master: what is read shows.
     copy = (W_enc.detach().t() + 1).bfloat16().t()
@@ -70,7 +71,10 @@ def test_the_shift_of_the_rows_has_the_gradient_of_the_copy(impl):
         x, W_enc, b_enc, 4, b_pre=b_pre.requires_grad_(), impl=impl, **options
     )
     for options, weight in (({}, W_enc), ({"W_compute": copy}, copy)):
-        found = torch.autograd.grad(encode(**options).acts.sum(), [b_pre, b_enc])
+        code = encode(**options)
+        found = torch.autograd.grad(code.acts.sum(), [b_pre, b_enc, x])
+        picked = weight.detach().double().t()[code.indices.long()].sum(1)
+        assert torch.allclose(found[2].double(), picked, rtol=1e-5, atol=1e-4)
         expected = -(weight.detach().double() @ found[1].double())
         assert found[0].dtype == torch.float32
         assert torch.allclose(found[0].double(), expected, rtol=1e-5, atol=1e-4)

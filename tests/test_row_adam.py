@@ -1,9 +1,19 @@
 """The ops `row_adam` and `lazy_row_adam`: kernels and eager against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fastsae_kernels import DenseGrad, SparseCode, group_by_latent, row_adam, workspace
+from fastsae_kernels import (
+    DenseGrad,
+    SparseCode,
+    collect_row_grads,
+    group_by_latent,
+    mse_l1_loss,
+    row_adam,
+    workspace,
+)
 from fastsae_kernels._row_grads import PairGrad, SubsetGrad
 from fastsae_kernels.code import LatentGroups
 from fastsae_kernels.optimizer import lazy_row_adam, row_grad_norm
@@ -359,3 +369,68 @@ def test_bad_arguments_are_refused():
         row_grad_norm(wide, [PairGrad(pairs.groups, pairs.coef.to("meta"), pairs.operand)])
     with pytest.raises(ValueError, match="budget must be at least 1 MiB"), workspace(5):
         pass
+
+
+def bad_grads():
+    pairs, subset = pair_grad(), subset_grad(1, 4)
+    groups = pairs.groups
+    with_groups = lambda **parts: replace(pairs, groups=groups._replace(**parts))
+    return {
+        "latent": (
+            subset_grad(1, 12),
+            r"latents must be in \[0, F\) with F = 12",
+        ),
+        "order": (subset_grad(4, 1), "latents must ascend, got a step of -3"),
+        "twice": (subset_grad(4, 4), "latents must ascend, got a step of 0"),
+        "lengths": (
+            replace(subset, values=subset.values[:1]),
+            r"latents must have shape .* \[1\]",
+        ),
+        "float latents": (replace(subset, latents=torch.ones(2)), "latents must be int32 or int64"),
+        "int values": (replace(subset, values=subset.values.int()), "values must be a floating"),
+        "long coef": (replace(pairs, coef=torch.ones(61)), r"coef must have shape \[P\] = \[60\]"),
+        "short coef": (replace(pairs, coef=torch.ones(59)), r"coef must have shape \[P\] = \[60\]"),
+        "int coef": (replace(pairs, coef=pairs.coef.int()), "coef must be a floating dtype"),
+        "int operand": (replace(pairs, operand=pairs.operand.int()), "operand must be a floating"),
+        "short rows": (with_groups(rows=groups.rows[1:]), r"rows must have shape \[P\] = \[60\]"),
+        "row": (with_groups(rows=groups.rows + 1), r"rows must be in \[0, B\) with B = 20, got"),
+        "offsets": (with_groups(offsets=groups.offsets + 9), "offsets must rise from 0"),
+        "fall": (
+            with_groups(offsets=groups.offsets.flip(0)),
+            "offsets must rise from 0",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", bad_grads())
+def test_bad_gradient_is_refused(name):
+    grad, message = bad_grads()[name]
+    weight, m, v = start_of()
+    with pytest.raises((TypeError, ValueError), match=message):
+        row_adam(weight, [grad], m, v, step=1, lr=0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        row_grad_norm(weight, [grad])
+
+
+def test_a_weight_that_is_not_floating_is_refused():
+    weight = torch.zeros(4, 3, dtype=torch.int32)
+    with pytest.raises(TypeError, match="weight must be a floating dtype"):
+        row_adam(weight, [], weight.clone(), weight.clone(), step=1, lr=0.1)
+
+
+@pytest.mark.parametrize("impl", (*LEAN, "reference"))
+def test_several_targets_move_as_in_torch_adam(impl):
+    device = device_for(impl)
+    x, acts = torch.randn(9, 3, 5, device=device), torch.rand(9, 2, device=device)
+    indices = torch.rand(9, 12, device=device).topk(2).indices.int()
+    loss = lambda W: mse_l1_loss(x, SparseCode(acts, indices), W, torch.zeros_like(x[0])).mse
+    weight, plain = (torch.ones(12, 3, 5, device=device, requires_grad=True) for _ in range(2))
+    loss(plain).backward()
+    torch.optim.Adam([plain], lr=0.02).step()
+    assert plain.grad is not None
+    grads = collect_row_grads(weight)
+    loss(weight).backward()
+    moments = [torch.zeros(12, 3, 5, device=device) for _ in range(2)]
+    assert torch.allclose(row_grad_norm(weight, grads, impl=impl), plain.grad.norm())
+    row_adam(weight, grads, *moments, step=1, lr=0.02, impl=impl)
+    assert torch.allclose(weight, plain, atol=1e-6) and not weight.allclose(torch.ones_like(weight))

@@ -106,6 +106,20 @@ def test_the_kernels_agree_on_either_side_of_the_dense_switch(share, monkeypatch
             assert torch.equal(got, want)
 
 
+def test_listed_groups_by_slices_give_the_same_bits(always_sparse, monkeypatch):
+    kernel = pytest.importorskip("fastsae_kernels.threshold.kernel")
+    inputs = {k: v.float() for k, v in weights(Shape(4, 8, 192, 1)).items()}
+    encode = lambda: threshold_encode(*encoder(inputs), threshold=0.5, impl="triton")
+    whole, sizes, run = encode(), [], kernel._add_listed
+    monkeypatch.setattr(kernel, "BYTES_A_MEMBER", 1 << 20)
+    monkeypatch.setattr(
+        kernel, "_add_listed", lambda *args: (sizes.append(args[6].shape[1]), run(*args))
+    )
+    sliced = encode()
+    assert len(sizes) > 1 and max(sizes) == 4
+    assert all(torch.equal(a, b) for a, b in zip(sliced[:3], whole[:3], strict=True))
+
+
 def test_rounding_in_another_order_never_changes_how_many_entries_there_are(always_sparse):
     pytest.importorskip("triton")
     # Scores within a rounding error of the limit: counted by one sum, scored again by another.

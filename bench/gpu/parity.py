@@ -299,6 +299,11 @@ def far_weights(scale: Scale, report: Report) -> None:
     with torch.no_grad():
         code = topk_encode(x, weight.t(), bias, case.K, impl=Impl.TRITON)
         check_code(report, "far weights: topk_encode", x, weight, bias, code)
+        # Rows that are not aligned have no descriptors: pointers are checked as well.
+        odd_x, odd = x[:, 1:].contiguous(), weight[:, 1:]
+        code_of_odd = topk_encode(odd_x, odd.t(), bias, case.K, impl=Impl.TRITON)
+        check_code(report, "far weights: topk_encode, unaligned", odd_x, odd, bias, code_of_odd)
+        del odd_x, odd, code_of_odd
         last = case.F - 1 - torch.arange(case.K, device=DEVICE, dtype=torch.int32)
         ends = SparseCode(code.acts + 1, last.expand_as(code.indices).contiguous())
         x_hat = sparse_decode(ends, weight, None, impl=Impl.TRITON)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastsae_kernels.code import RaggedCode, SparseCode
+from fastsae_kernels.code import MOST_ENTRIES, RaggedCode, SparseCode
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -28,18 +28,33 @@ def index_checks() -> Iterator[None]:
         _index_checks = before
 
 
-def _values_are_checked(tensor: Tensor) -> bool:
+def values_are_checked(tensor: Tensor) -> bool:
     wanted = tensor.device.type == "cpu" or _index_checks
     return wanted and not torch.compiler.is_compiling()
 
 
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_d_sae(d_sae: int) -> None:
+    if isinstance(d_sae, bool) or not isinstance(d_sae, int):
+        raise TypeError(f"d_sae must be an int, got {d_sae!r}")
+
+
 def check_indices(indices: Tensor, d_sae: int) -> None:
-    if not _values_are_checked(indices) or indices.numel() == 0:
+    check_within("indices", indices, "F", d_sae)
+
+
+def check_within(name: str, indices: Tensor, letter: str, size: int) -> None:
+    if not values_are_checked(indices) or indices.numel() == 0:
         return
     least, most = (int(bound) for bound in indices.aminmax())
-    if least < 0 or most >= d_sae:
+    if least < 0 or most >= size:
         raise ValueError(
-            f"indices must be in [0, F) with F = {d_sae}, got values from {least} to {most}"
+            f"{name} must be in [0, {letter}) with {letter} = {size}, "
+            f"got values from {least} to {most}"
         )
 
 
@@ -47,7 +62,7 @@ def check_row_offsets(row_offsets: Tensor, nnz: int) -> None:
     check_int("row_offsets", row_offsets)
     if row_offsets.ndim != 1 or len(row_offsets) == 0:
         raise ValueError(f"row_offsets must have shape [B + 1], got {list(row_offsets.shape)}")
-    if not _values_are_checked(row_offsets):
+    if not values_are_checked(row_offsets):
         return
     first, last = int(row_offsets[0]), int(row_offsets[-1])
     least = int(row_offsets.diff(prepend=row_offsets[:1]).min())
@@ -111,6 +126,14 @@ def check_code(code: SparseCode | RaggedCode, d_sae: int) -> None:
             f"acts and indices must have the same shape {letters}, "
             f"got {list(acts.shape)} and {list(indices.shape)}"
         )
+    if row_offsets is None and acts.shape[-1] == 0:
+        raise ValueError(f"acts must have shape [..., K] with K >= 1, got {list(acts.shape)}")
+    if code.groups is not None:
+        check_shape("code.groups.offsets", code.groups.offsets, "[F + 1]", (d_sae + 1,))
+    if acts.numel() > MOST_ENTRIES:
+        raise ValueError(
+            f"acts must hold at most 2^31 - 1 entries (positions are int32), got {acts.numel()}"
+        )
     check_indices(indices, d_sae)
     if row_offsets is not None:
         check_row_offsets(row_offsets, acts.numel())
@@ -142,6 +165,11 @@ def check_encoder(
         check_float("W_compute", W_compute)
         check_shape("W_compute", W_compute, "W_enc's", (d_in, d_sae))
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, scale=scale, W_compute=W_compute)
+
+
+def check_bias(name: str, bias: object) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {bias!r}")
 
 
 def check_decoder(W_dec: Tensor, b_dec: Tensor | None) -> None:

@@ -117,8 +117,9 @@ class _Pairs(torch.autograd.Function):
                 d_scale = d_scale.to(scale.dtype)
             d_pre = d_pre * picked
         coef = d_pre.reshape(-1)[groups.pairs]
+        weight = W_enc if W_compute is None else W_compute
         if needs_x:
-            d_x = gather_sum(row_offsets, indices, d_pre, W_enc.t().contiguous(), impl).to(x_dtype)
+            d_x = gather_sum(row_offsets, indices, d_pre, weight.t().contiguous(), impl).to(x_dtype)
         if needs_W:
             d_W = emit_pairs(ctx.sink, groups, coef, rows, impl)
             d_W = None if d_W is None else d_W.t().to(W_enc.dtype)
@@ -126,7 +127,6 @@ class _Pairs(torch.autograd.Function):
             total = segment_total(groups, coef, impl)
             if needs_pre:
                 # Summing over the rows first turns a [B, D] gather into one matrix-vector product.
-                weight = W_enc if W_compute is None else W_compute
                 d_b_pre = -weighted_row_sum(weight.t(), total, impl).to(b_pre_dtype)
             d_b = total.to(b_dtype) if needs_b else None
         return d_x, d_W, d_b, d_b_pre, d_scale, *(None,) * (7 + len(made))

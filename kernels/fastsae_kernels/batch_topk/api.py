@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from fastsae_kernels._checks import check_encoder, check_shape, dtypes_of
+from fastsae_kernels._checks import check_encoder, check_number, check_shape, dtypes_of
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import MOST_ENTRIES, RaggedCode
 from fastsae_kernels.shards import Shards, check_shards
@@ -46,6 +46,7 @@ def batch_topk_encode(
     check_encoder(x, W_enc, b_enc, b_pre, scale, W_compute)
     d_in, d_sae = W_enc.shape
     check_shape("x", x, "[B, D]", (None, d_in))
+    check_number("k", k)
     if shards is None and not 0 < k <= d_sae:
         raise ValueError(f"k must be in (0, F] with F = {d_sae}, got {k}")
     n_rows = x.shape[0] if shards is None else shards.batch_rows(x.shape[0])

@@ -3,8 +3,8 @@
 The same lemma with one threshold for the batch: tau is the n-th largest of all first and second
 keys, so fewer than n groups are open, on any input, and the list of them cannot overflow. Entries
 of closed groups and the members of the open ones are then cut to exactly n. The host never waits.
-Temporary memory: 12 bytes for each row and group, given back before the open groups are scored;
-then 4 * SIZE bytes for each of n groups, and about 60 bytes for each of the n.
+Temporary memory: 15 bytes for each row and group, given back before the open groups are scored;
+then 4 * SIZE bytes for each of n groups, and about 120 bytes for each of the n.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from fastsae_kernels.topk.keys import (
     LOWEST,
     bound_of,
     column,
+    columns_of,
     first_member,
     group_size,
-    member_columns,
     second_member,
     values_of,
 )
@@ -137,7 +137,7 @@ def select_batch_topk(
     kept = keys.topk(n_kept, sorted=False).indices
     listed = (kept - n_kept).clamp(min=0)
     group, member = listed // size, listed % size
-    members = member_columns(open_groups[group], layout).gather(1, member[:, None]).squeeze(1)
+    members = columns_of(open_groups[group].long(), member, layout)
     closed = kept < n_kept
     entry = kept.clamp(max=n_kept - 1)
     rows = torch.where(closed, entry_rows[entry], open_rows[group]).long()
@@ -158,11 +158,16 @@ def _threshold(found: Groups, n_kept: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     best = [keys.view(-1).topk(min(n_kept, keys.numel()), sorted=False).values
             for keys in (first, second)]  # fmt: skip
     tau = torch.cat(best).topk(n_kept, sorted=False).values.amin()
-    opened = (first > tau) & ((found.rest & -0x10000) > tau)
+    # bound_of(rest) > tau, without a copy of rest: only its upper bits can exceed those of tau.
+    opened = (first > tau) & (found.rest > (tau | 0xFFFF))
     sure = (first > tau).sum(1) + (second > tau).sum(1)
     level = (first == tau).sum(1) + (second == tau).sum(1)
-    counts = (sure, level, opened.sum(1))
-    return tau, tuple(torch.nn.functional.pad(c.cumsum(0), (1, 0)).int() for c in counts)
+    return tau, tuple(_starts(counts, n_kept) for counts in (sure, level, opened.sum(1)))
+
+
+def _starts(counts: Tensor, n_kept: int) -> Tensor:
+    """int32: where each row's places start. From n_kept on there are none: ties may exceed 2^31."""
+    return torch.nn.functional.pad(counts.cumsum(0).clamp_max(n_kept), (1, 0)).int()
 
 
 def specs() -> Iterator[Spec]:

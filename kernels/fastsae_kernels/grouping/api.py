@@ -1,6 +1,6 @@
 import torch
 
-from fastsae_kernels._checks import check_code
+from fastsae_kernels._checks import check_code, check_d_sae
 from fastsae_kernels._dispatch import Impl, resolve_impl
 from fastsae_kernels.code import LatentGroups, RaggedCode, SparseCode, flattened
 
@@ -27,8 +27,10 @@ def group_by_latent(
         ValueError: shapes or devices differ, `indices` holds a latent outside [0, F), or
             `row_offsets` does not ascend from 0 to the number of entries (on a GPU these two are
             only looked at inside `index_checks`).
-        TypeError: `acts` is not floating, or `indices` or `row_offsets` not int32 or int64.
+        TypeError: `acts` is not floating, or `indices` or `row_offsets` not int32 or int64,
+            or `d_sae` is no int.
     """
+    check_d_sae(d_sae)
     check_code(code, d_sae)
     if resolve_impl(impl, code.acts.device) is Impl.REFERENCE:
         from fastsae_kernels.grouping.reference import group_by_latent as run

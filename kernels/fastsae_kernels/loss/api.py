@@ -3,6 +3,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastsae_kernels._checks import (
+    check_bias,
     check_code,
     check_decoder,
     check_float,
@@ -66,6 +67,7 @@ def mse_l1_loss(
         ValueError: a shape or a device breaks the rule it names.
         TypeError: a dtype does.
     """
+    check_bias("b_dec", b_dec)
     check_decoder(W_dec, b_dec)
     check_float("x", x)
     check_code(code, W_dec.shape[0])

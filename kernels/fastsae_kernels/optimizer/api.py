@@ -4,9 +4,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastsae_kernels._checks import check_same_device
+from fastsae_kernels._checks import (
+    check_float,
+    check_int,
+    check_same_device,
+    check_shape,
+    check_within,
+    values_are_checked,
+)
 from fastsae_kernels._dispatch import Impl, resolve_impl
-from fastsae_kernels._row_grads import PairGrad, RowGrad
+from fastsae_kernels._row_grads import PairGrad, RowGrad, SubsetGrad
 from fastsae_kernels.optimizer.update import RowState, Rule, store
 
 
@@ -38,26 +45,30 @@ def row_adam(
     discarded. Rows of more than 8,192 columns go through a buffer of 64 MiB in `triton` too.
 
     Args:
-        weight: [F, D], contiguous. A bf16 or fp16 weight is widened for the arithmetic and rounded
-            to nearest: give the fp32 master here and have `copy` written.
+        weight: [F, D], contiguous, or [F, T, D] for T targets: one row is then of T D numbers, and
+            its gradients are [F, T D]. A bf16 or fp16 weight is widened for the arithmetic and
+            rounded to nearest: give the fp32 master here and have `copy` written.
         grads: what backward left in `weight.row_grads`, of any number of loss terms and
             micro-batches: their sum is one gradient.
-        exp_avg, exp_avg_sq: [F, D], contiguous, each in weight's dtype or bf16; bf16 moments are
-            rounded stochastically, by a hash of element and step, since to nearest they freeze.
+        exp_avg, exp_avg_sq: of weight's shape, contiguous, each in weight's dtype or bf16; bf16
+            moments are rounded stochastically, by a hash of element and step, since to nearest they
+            freeze.
         step: number of this step, from 1.
         grad_scale: 0-dim factor on the gradient (clipping), or None for 1.
         project: take off each row's gradient its component along the row; a zero row keeps all.
         renormalise: scale each row to unit norm after the update; a zero row stays.
-        copy: [F, D], contiguous, bf16 or fp16: receives the new weight, or None.
+        copy: of weight's shape, contiguous, bf16 or fp16: receives the new weight, or None.
         impl: `auto`, `triton`, `eager` or `reference`.
 
     Raises:
-        ValueError: shapes, memory orders or devices differ, or `step` is under 1.
-        TypeError: a moment or the copy has another dtype than allowed.
+        ValueError: shapes, memory orders or devices differ, `step` is under 1, or a gradient names
+            rows that are not there or out of order (on a GPU the last two are only looked at inside
+            `index_checks`).
+        TypeError: a tensor has another dtype than allowed.
     """
     state = RowState(weight, exp_avg, exp_avg_sq, copy)
     rule = Rule(step, lr, betas, eps, grad_scale, project, renormalise)
-    _check(state, grads, rule)
+    state = _checked(state, grads, rule)
     which = _resolve(weight, grads, impl)
     if which is Impl.REFERENCE:
         from fastsae_kernels.optimizer.reference import row_adam as run
@@ -101,7 +112,7 @@ def lazy_row_adam(
     """
     state = RowState(weight, exp_avg, exp_avg_sq, copy)
     rule = Rule(step, lr, betas, eps, grad_scale, project, renormalise)
-    _check(state, grads, rule)
+    state = _checked(state, grads, rule)
     if not grads:
         return
     which = _resolve(weight, grads, impl)
@@ -121,10 +132,11 @@ def lazy_row_adam(
 def row_grad_norm(
     weight: Tensor, grads: Sequence[RowGrad], *, impl: Impl | str = Impl.AUTO
 ) -> Tensor:
-    """0-dim Euclidean norm of the summed gradient of `weight` [F, D], before any projection.
+    """0-dim Euclidean norm of the summed gradient of `weight`, before any projection.
 
     Exact: the gradient is summed once more, row by row or block by block, and not written.
     """
+    weight = _rows_of(weight)
     _check_grads(weight, grads)
     which = _resolve(weight, grads, impl)
     if which is Impl.REFERENCE:
@@ -153,8 +165,10 @@ def _run_wide(
     store(state._replace(copy=None), w, m, v, rows, rule.step)
 
 
-def _check(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
+def _checked(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> RowState:
+    """The state's rows as views [F, D]."""
     weight, *others = state
+    rows = _rows_of(weight)
     dtypes = {weight.dtype, torch.bfloat16}
     for name, tensor in zip(state._fields[1:], others, strict=True):
         if tensor is None:
@@ -168,16 +182,26 @@ def _check(state: RowState, grads: Sequence[RowGrad], rule: Rule) -> None:
         if tensor.dtype not in allowed:
             names = " or ".join(sorted(map(str, allowed)))
             raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
-    if weight.ndim != 2 or not weight.is_contiguous():
+    if not weight.is_contiguous():
         raise ValueError(
-            f"weight must be contiguous [F, D], got {list(weight.shape)}, strides {weight.stride()}"
+            "weight must be contiguous [F, D] or [F, T, D], "
+            f"got {list(weight.shape)}, strides {weight.stride()}"
         )
     if rule.step < 1:
         raise ValueError(f"step must be at least 1, got {rule.step}")
     if rule.grad_scale is not None and rule.grad_scale.numel() != 1:
         raise ValueError(f"grad_scale must be 0-dim, got {list(rule.grad_scale.shape)}")
     check_same_device(**state._asdict(), grad_scale=rule.grad_scale)
-    _check_grads(weight, grads)
+    _check_grads(rows, grads)
+    copy = None if state.copy is None else state.copy.flatten(1)
+    return RowState(rows, state.exp_avg.flatten(1), state.exp_avg_sq.flatten(1), copy)
+
+
+def _rows_of(weight: Tensor) -> Tensor:
+    check_float("weight", weight)
+    if weight.ndim not in (2, 3):
+        raise ValueError(f"weight must have shape [F, D] or [F, T, D], got {list(weight.shape)}")
+    return weight.flatten(1)
 
 
 def _tensors_of(grad: RowGrad) -> dict[str, Tensor]:
@@ -191,12 +215,43 @@ def _check_grads(weight: Tensor, grads: Sequence[RowGrad]) -> None:
         parts = {f"grads[{i}].{name}": tensor for name, tensor in _tensors_of(grad).items()}
         check_same_device(weight=weight, **parts)
         if isinstance(grad, PairGrad):
+            _check_pairs(f"grads[{i}]", grad)
             got = [grad.groups.offsets.numel() - 1, grad.operand.shape[1]]
         else:
-            got = [len(weight) if hasattr(grad, "latents") else len(grad.values)]
+            check_float(f"grads[{i}].values", grad.values)
+            if isinstance(grad, SubsetGrad):
+                _check_subset(f"grads[{i}]", grad, len(weight))
+            got = [len(weight) if isinstance(grad, SubsetGrad) else len(grad.values)]
             got += grad.values.shape[1:]
         if got != list(weight.shape):
             raise ValueError(
                 f"grads[{i}] must be of weight's rows [F, D] = {list(weight.shape)}, got {got}; "
                 "a weight whose memory is column-major is passed transposed"
             )
+
+
+def _check_pairs(name: str, grad: PairGrad) -> None:
+    pairs, rows, offsets = grad.groups
+    check_float(f"{name}.coef", grad.coef)
+    check_float(f"{name}.operand", grad.operand)
+    check_shape(f"{name}.operand", grad.operand, "[B, D]", (None, None))
+    check_shape(f"{name}.coef", grad.coef, "[P]", (len(pairs),))
+    check_shape(f"{name}.groups.rows", rows, "[P]", (len(pairs),))
+    if not values_are_checked(rows):
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last > len(rows) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"{name}.groups.offsets must rise from 0 to at most P = {len(rows)}, "
+            f"got {first} to {last}"
+        )
+    check_within(f"{name}.groups.rows", rows, "B", len(grad.operand))
+
+
+def _check_subset(name: str, grad: SubsetGrad, n_rows: int) -> None:
+    latents = grad.latents
+    check_int(f"{name}.latents", latents)
+    check_shape(f"{name}.latents", latents, "[n] with values' n", (len(grad.values),))
+    check_within(f"{name}.latents", latents, "F", n_rows)
+    if values_are_checked(latents) and len(latents) > 1 and (step := int(latents.diff().min())) < 1:
+        raise ValueError(f"{name}.latents must ascend, got a step of {step}")

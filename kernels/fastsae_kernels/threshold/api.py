@@ -5,6 +5,7 @@ from torch import Tensor
 from fastsae_kernels._checks import (
     check_encoder,
     check_float,
+    check_number,
     check_same_device,
     check_shape,
     dtypes_of,
@@ -81,8 +82,10 @@ def threshold_encode(
         if threshold.ndim != 0:
             check_shape("threshold", threshold, "[F]", (W_enc.shape[1],))
         check_same_device(x=x, threshold=threshold)
-    elif not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    else:
+        check_number("threshold", threshold)
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}")
     dtypes = dtypes_of(x, W_enc, b_enc, b_pre, scale, W_compute)
     impl = resolve_impl(impl, x.device, dtypes=dtypes)
     if impl is Impl.REFERENCE:
@@ -138,6 +141,7 @@ def jumprelu_encode(
     check_float("threshold", threshold)
     check_shape("threshold", threshold, "[F]", (W_enc.shape[1],))
     check_same_device(x=x, threshold=threshold)
+    check_number("bandwidth", bandwidth)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
     dtypes = dtypes_of(x, W_enc, b_enc, b_pre, W_compute)

@@ -5,7 +5,8 @@ keeps the largest and where it was. One such member: the entry is known. Several
 listed, scored again, and as many of its members as were counted become entries, those furthest
 above their limit, so that rounding in another order never changes how many there are. The host
 waits once, for the number of entries and of listed groups. Temporary memory: 12 bytes for each
-row and group, 2 KiB for each listed group of 64, and about 50 bytes an entry.
+row and group, about 50 bytes an entry, 12 bytes for each listed group, and the workspace, in which
+slices of the listed groups are scored.
 
 Where groups that hold several are the rule, as in a ReLU SAE that has not been trained, a dense
 product by chunks is faster: `select_above` leaves it to `eager`.
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels._triton import Spec, device_of, jit, padded
+from fastsae_kernels._workspace import workspace_bytes
 from fastsae_kernels.code import MOST_ENTRIES
 from fastsae_kernels.topk.groups import affine, group_top2
 from fastsae_kernels.topk.keys import (
@@ -33,6 +35,8 @@ from fastsae_kernels.topk.scores import score_groups
 
 DENSE_ABOVE = 1 / 16
 """Share of the groups that may be listed before the dense product takes over."""
+BYTES_A_MEMBER = 64
+"""What a member of a listed group takes until it is among the entries."""
 
 
 @jit
@@ -119,8 +123,10 @@ def select_above(
             STEP=min(padded(n_groups), 1024),
             num_warps=4,
         )
-    if n_listed:
-        _add_listed(x, W_enc, offset, factor, limit, found.layout, listed, counts, keys, columns)
+    layout = found.layout
+    n_slice = max(1, workspace_bytes() // (BYTES_A_MEMBER * layout.size))
+    for part in listed.split(n_slice, dim=1) if n_listed else ():
+        _add_listed(x, W_enc, offset, factor, limit, layout, part, counts, keys, columns)
     rows = torch.repeat_interleave(row_offsets.diff(), output_size=nnz).long()
     order = (rows * d_sae + columns[:nnz]).argsort()
     return row_offsets, columns[order], values_of(keys[order])

@@ -31,7 +31,8 @@ def topk_encode(
         k: 1 <= k <= F.
         b_pre: [D], subtracted from x, or None.
         scale: [F] >= 0, multiplies the pre-activations (decoder norms), or None.
-        W_compute: a copy of W_enc in a cheaper dtype to read instead; gradients go to W_enc.
+        W_compute: a copy of W_enc in a cheaper dtype to read instead; gradients go to W_enc. On a
+            GPU the weight that is read is rounded to x's dtype where it has another.
         shards: the holders of the other latents where W_enc is a shard: k counts over all shards,
             the code holds this shard's latents among a row's k largest, and acts of 0 in the slots
             of others. None: W_enc is whole.

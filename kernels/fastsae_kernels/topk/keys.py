@@ -70,10 +70,14 @@ def column(groups, members, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
 
 def member_columns(groups: Tensor, layout: Layout) -> Tensor:
     """[n, SIZE] int64: the columns that are members of `groups` [n]."""
+    members = torch.arange(layout.size, device=groups.device)
+    return columns_of(groups.long()[:, None], members, layout)
+
+
+def columns_of(groups: Tensor, members: Tensor, layout: Layout) -> Tensor:
+    """The column of each group's member."""
     per_tile = layout.columns // layout.size
-    members = torch.arange(layout.size, device=groups.device) * per_tile
-    first = groups.long() // per_tile * layout.columns + groups.long() % per_tile
-    return first[:, None] + members
+    return groups // per_tile * layout.columns + members * per_tile + groups % per_tile
 
 
 def keys_of(values: Tensor) -> Tensor:
