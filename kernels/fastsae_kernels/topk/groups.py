@@ -462,11 +462,12 @@ def specs() -> Iterator[Spec]:
                 for descriptors in (False, True):
                     yield of(dtype, tile, size, descriptors, number == 0)
         tile = SMALL_TILE if dtype == "bf16" else tiles[0]
-        signed = {"EVEN": False, "SIGNED": True}
         for descriptors in (False, True):
             yield of(dtype, tiles[0], 64, descriptors, note="uneven", EVEN=False)
-            yield of(dtype, tile, 64, descriptors, note="signed", **signed)
-            yield of(dtype, tile, 64, descriptors, note="limits", LIMITED=True, **signed)
+            yield of(dtype, tile, 64, descriptors, note="signed", EVEN=False, SIGNED=True)
+            yield of(
+                dtype, tile, 64, descriptors, note="limits", EVEN=False, SIGNED=True, LIMITED=True
+            )
         yield of(dtype, tiles[0], 64, True, note="unscaled", SCALED=False)
     for descriptors in (False, True):
         yield of("fp16", HALF_TILES[0], 64, descriptors)
