@@ -17,7 +17,14 @@ from fastsae_kernels.topk.ops import _select_topk
 from parity import DEVICE, lattice
 
 IMPLS = [Impl.EAGER, Impl.TRITON]
+F = 256  # as few latents as the kernels take with k = 4
 IGNORED = "ignore::DeprecationWarning"  # raised by torch.compile over itself
+
+
+def check_that_kernels_run(impl, k):
+    if impl is Impl.TRITON:
+        kernel = pytest.importorskip("fastsae_kernels.topk.kernel")
+        assert kernel.fits(F, k)
 
 
 def step_loss(x, dead, weights, impl):
@@ -36,10 +43,11 @@ def step_loss(x, dead, weights, impl):
 @pytest.mark.parametrize("aux", [False, True], ids=["without auxk", "with auxk"])
 @pytest.mark.parametrize("impl, backend", [(Impl.EAGER, "inductor"), (Impl.TRITON, "aot_eager")])
 def test_a_step_compiles_as_one_graph_and_keeps_its_gradients(impl, backend, aux):
-    shapes = (16, 96), (96,), (96, 16), (16,)
+    check_that_kernels_run(impl, 4)
+    shapes = (16, F), (F,), (F, 16), (16,)
     weights = [torch.randn(*shape, device=DEVICE).requires_grad_() for shape in shapes]
     x = torch.randn(12, 16, device=DEVICE)
-    dead = torch.arange(96, device=DEVICE) % 3 == 0 if aux else None
+    dead = torch.arange(F, device=DEVICE) % 3 == 0 if aux else None
     torch._dynamo.reset()
     compiled = torch.compile(step_loss, fullgraph=True, backend=backend)
     found = []
@@ -69,12 +77,12 @@ assert torch.compile(sae, fullgraph=True, backend="aot_eager")(x).shape == x.sha
 
 
 def arguments(dtype):
-    x, W_enc, W_dec = (lattice(*shape).to(dtype) for shape in ((6, 8), (8, 64), (64, 8)))
-    b_enc = torch.randperm(64, device=DEVICE).to(dtype)
+    x, W_enc, W_dec = (lattice(*shape).to(dtype) for shape in ((6, 8), (8, F), (F, 8)))
+    b_enc = torch.randperm(F, device=DEVICE).to(dtype)
     acts, indices = _select_topk(x, W_enc, b_enc, 3, None, False, "eager")
-    groups = group_by_latent(None, indices, acts, 64)
+    groups = group_by_latent(None, indices, acts, F)
     coef = acts.reshape(-1)[groups.pairs]
-    dead = torch.arange(64, device=DEVICE) % 2 == 0
+    dead = torch.arange(F, device=DEVICE) % 2 == 0
     offsets = torch.arange(0, 19, 3, dtype=torch.int32, device=DEVICE)
     ragged = offsets, indices.reshape(-1), acts.reshape(-1)
     b_dec, err = x[0].clone(), x.clone()
@@ -98,5 +106,6 @@ def arguments(dtype):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("number", range(len(arguments(torch.float32))))
 def test_registered_ops_pass_opcheck(number, impl):
+    check_that_kernels_run(impl, 3)
     op, args = arguments(torch.float32)[number]
     torch.library.opcheck(op, (*args, impl.value))

@@ -194,7 +194,7 @@ def test_transposed_weight_is_refused():
     shape = Shape(5, 33, 40, 8)
     row_offsets, indices, acts = code_of(shape, ragged=False)
     weight = randn(shape.D, shape.F).t()
-    with pytest.raises(ValueError, match=r"weight must hold .* side by side .*\(1, 40\)"):
+    with pytest.raises(ValueError, match=r"W_dec must hold .* side by side .*\(1, 40\)"):
         gather_sum(row_offsets, indices, acts, weight)
-    with pytest.raises(ValueError, match="weight must hold"):
+    with pytest.raises(ValueError, match="W_dec must hold"):
         pair_dots(row_offsets, indices, randn(shape.B, shape.D), weight)

@@ -281,5 +281,5 @@ def test_which_codes_are_gathered_once(monkeypatch):
 def test_transposed_weight_is_refused():
     p = problem(Shape(5, 33, 40, 8))
     p["W_dec"] = p["W_dec"].t().contiguous().t()
-    with pytest.raises(ValueError, match=r"weight must hold .* side by side"):
+    with pytest.raises(ValueError, match=r"W_dec must hold .* side by side"):
         mse_l1_rows(**p, needs_dots=True)

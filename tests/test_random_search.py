@@ -78,10 +78,11 @@ def random_rows(generator: torch.Generator, n_rows: int, d_sae: int) -> Tensor:
 
 def drawn_case(
     generator: torch.Generator, dtype: torch.dtype, shape: Shape
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """relu(scores) [B, F] in fp32, and x, W_enc, b_enc that make them exactly.
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """relu(scores) [B, F] in fp32, and x, W_enc, b_enc and a scale that make them exactly.
 
-    One-hot rows pick the scores out of weights, whose memory order depends on their width.
+    A scale is of powers of two, 0 among them, and in one of two cases there is none. One-hot
+    rows pick the scores out of weights, whose memory order depends on their width.
     """
     scores = random_rows(generator, shape.B, shape.F).to(dtype)
     places = torch.randperm(shape.D, generator=generator)[: shape.B]
@@ -91,14 +92,21 @@ def drawn_case(
     weight[:, places] = scores.t()
     W_enc = weight.t() if shape.D % 2 == 0 else weight.t().contiguous()
     b_enc = torch.zeros(shape.F, device=DEVICE)
-    return scores.float().relu().to(DEVICE), (x.to(DEVICE), W_enc.to(DEVICE), b_enc)
+    exact, scale = scores.float().relu(), None
+    if drawn(generator, 0, 1):
+        scale = 2.0 ** torch.randint(-2, 3, (shape.F,), generator=generator)
+        scale *= torch.rand(shape.F, generator=generator) < 0.9
+        exact, scale = exact * scale, scale.to(DEVICE)
+    return exact.to(DEVICE), (x.to(DEVICE), W_enc.to(DEVICE), b_enc), scale
 
 
 def test_topk_encode(generator, impl, dtype):
+    # The interpreter takes four times as long over rows eight at a time.
+    most_rows = 8 if impl is Impl.EAGER and DEVICE == "cpu" else 128
     least, widest, wanted = (16, 400, 600) if impl is Impl.TRITON else (1, 400, 2000)
 
     def draw() -> Shape:
-        n_rows, d_sae = drawn(generator, 1, 128), drawn(generator, least, widest)
+        n_rows, d_sae = drawn(generator, 1, most_rows), drawn(generator, least, widest)
         # The kernels' groups are of 16 to 64 latents, by how many of them there are for each of k.
         share = 2 ** drawn(generator, *((4, 8) if impl is Impl.TRITON else (0, 4)))
         k = drawn(generator, 1, max(1, d_sae // share))
@@ -106,8 +114,8 @@ def test_topk_encode(generator, impl, dtype):
 
     n_cases = 0
     for shape in shapes(draw):
-        exact, inputs = drawn_case(generator, dtype, shape)
-        code = topk_encode(*inputs, shape.K, impl=impl)
+        exact, inputs, scale = drawn_case(generator, dtype, shape)
+        code = topk_encode(*inputs, shape.K, scale=scale, impl=impl)
         indices = code.indices.long()
         assert torch.equal(code.acts, exact.topk(shape.K, dim=1).values), shape
         assert torch.equal(exact.gather(1, indices), code.acts), shape
@@ -128,8 +136,8 @@ def test_batch_topk_encode(generator, impl, dtype):
         return Shape(n_rows, n_rows + drawn(generator, 0, 8), d_sae, n_kept)
 
     for shape in islice(shapes(draw), n_batches):
-        exact, inputs = drawn_case(generator, dtype, shape)
-        code = batch_topk_encode(*inputs, (shape.K + 0.5) / shape.B, impl=impl)
+        exact, inputs, scale = drawn_case(generator, dtype, shape)
+        code = batch_topk_encode(*inputs, (shape.K + 0.5) / shape.B, scale=scale, impl=impl)
         rows, latents = code.rows().long(), code.indices.long()
         best = exact.view(-1).topk(shape.K).values
         assert torch.equal(code.acts.sort(descending=True).values, best), shape
@@ -139,17 +147,18 @@ def test_batch_topk_encode(generator, impl, dtype):
 
 def test_threshold_encode(generator, impl, dtype):
     """Limits are scores of one of the rows, so that there are values at, below and above them."""
+    most_rows = 64 if DEVICE == "cuda" else 8
     widest, wanted = (64, 80) if impl is Impl.TRITON else (400, 800)
 
     def draw() -> Shape:
-        n_rows, d_sae = drawn(generator, 1, 64), drawn(generator, 1, widest)
+        n_rows, d_sae = drawn(generator, 1, most_rows), drawn(generator, 1, widest)
         return Shape(n_rows, n_rows + drawn(generator, 0, 8), d_sae, 1)
 
     n_cases = 0
     for shape in shapes(draw):
-        exact, inputs = drawn_case(generator, dtype, shape)
+        exact, inputs, scale = drawn_case(generator, dtype, shape)
         limit = exact[drawn(generator, 0, shape.B - 1)]
-        code = threshold_encode(*inputs, threshold=limit, impl=impl)
+        code = threshold_encode(*inputs, threshold=limit, scale=scale, impl=impl)
         rows, latents = (exact > limit).nonzero(as_tuple=True)
         assert torch.equal(code.rows().long(), rows), shape
         assert torch.equal(code.indices.long(), latents), shape

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from parity import (
 
 BANDWIDTH = 0.5
 EAGER = Impl.EAGER.value
+COMPILED = [impl.value for impl in EVERY_IMPL if impl is not Impl.REFERENCE]
 
 pytestmark = pytest.mark.usefixtures("made_where_kernels_run")
 
@@ -263,10 +266,11 @@ def test_row_optimizer_gets_the_pairs():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
-@pytest.mark.parametrize("name", ["threshold", "jumprelu", "relu_l1"])
-def test_compiles_without_graph_breaks(name):
-    shape = Shape(8, 12, 40, 1)
-    inputs = {k: v.requires_grad_() for k, v in fp32(shape).items()}
+@pytest.mark.parametrize(
+    "name, impl", [*product(["threshold", "jumprelu"], COMPILED), ("relu_l1", EAGER)]
+)
+def test_compiles_without_graph_breaks(name, impl, always_sparse):
+    inputs = {k: v.requires_grad_() for k, v in fp32(Shape(4, 12, 40, 1)).items()}
     inputs["threshold"] = torch.full((40,), 0.5, requires_grad=True)
 
     def step(i):
@@ -275,15 +279,15 @@ def test_compiles_without_graph_breaks(name):
             arguments = encoder(i, "W_dec", "b_dec")
             return relu_l1_loss(*arguments, l1_coefficient=0.1, b_pre=b_dec, impl=EAGER).total
         if name == "jumprelu":
-            _, l0, found = jumprelu(i, EAGER, i["threshold"])
+            _, l0, found = jumprelu(i, impl, i["threshold"])
             return found.mse + 0.1 * l0.mean()
-        code = threshold_encode(*encoder(i), threshold=0.3, b_pre=b_dec, impl=EAGER)
-        return mse_l1_loss(x, code, i["W_dec"], b_dec, impl=EAGER).mse
+        code = threshold_encode(*encoder(i), threshold=0.3, b_pre=b_dec, impl=impl)
+        return mse_l1_loss(x, code, i["W_dec"], b_dec, impl=impl).mse
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, error_on_recompile=True):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        for i in (inputs, inputs | {"x": torch.randn(8, 12, requires_grad=True)}):
+        for i in (inputs, inputs | {"x": torch.randn(4, 12, requires_grad=True)}):
             grads = [
                 torch.autograd.grad(f(i), list(i.values()), allow_unused=True)
                 for f in (step, compiled)
@@ -292,11 +296,11 @@ def test_compiles_without_graph_breaks(name):
                 assert plain is traced is None or torch.equal(plain, traced)
 
 
-def test_ops_are_registered_as_they_behave():
+def test_ops_are_registered_as_they_behave(always_sparse):
     inputs = fp32(Shape(5, 6, 20, 1))
     limit, scale = torch.full((20,), 0.5), torch.full((20,), 2.0)
-    for scaled in (None, scale):
-        arguments = (*encoder(inputs), scaled, limit, EAGER)
+    for scaled, impl in product((None, scale), COMPILED):
+        arguments = (*encoder(inputs), scaled, limit, impl)
         torch.library.opcheck(torch.ops.fastsae.select_above.default, arguments)
     for needs_grads in (True, False):
         arguments = (*encoder(inputs, "W_dec", "b_dec", "b_dec"), 0.5, 1.0, needs_grads)

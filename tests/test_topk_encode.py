@@ -57,6 +57,14 @@ def test_matches_reference(shape, dtype, impl):
     check_parity(lambda i, impl: encode(i, impl, shape.K), weights(shape), all_in(dtype), impl)
 
 
+@pytest.mark.parametrize("impl", EVERY_IMPL)
+@pytest.mark.parametrize("shape", [Shape(5, 33, 97, 5), Shape(4, 16, 128, 8)], ids=str)
+def test_row_major_weights_match_reference(shape, impl):
+    inputs = weights(shape)
+    inputs["W_enc"] = inputs["W_enc"].contiguous()
+    check_parity(lambda i, impl: encode(i, impl, shape.K), inputs, all_in(torch.float32), impl)
+
+
 @pytest.mark.parametrize("impl, dtype, shape", CASES)
 def test_scale_and_its_gradient_match_reference(shape, dtype, impl):
     inputs = weights(shape) | {

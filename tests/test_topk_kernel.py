@@ -1,14 +1,18 @@
 """The three launches of the fused encode, on scores chosen to be hard for them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastsae_kernels import Impl, topk_encode
 from parity import DEVICE, lattice
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from fastsae_kernels.topk import groups, kernel, keys  # noqa: E402
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +79,23 @@ def test_large_groups_are_exact(F):
     assert keys.group_size(F, 4) == 64
     scores = families(F)
     check_exact(scores, encode_scores(scores, 4))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes what it has")
+@pytest.mark.skipif(TRITON < (3, 7), reason="its interpreter fails at loads by descriptor")
+@pytest.mark.parametrize("dtype, signed", [(torch.float32, False), (torch.bfloat16, True)])
+def test_what_hopper_runs_is_exact(dtype, signed, monkeypatch):
+    """Operands by tensor descriptors, and of bf16 a loop over 6 tiles on three multiprocessors."""
+    of_three = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_three)
+    monkeypatch.setattr(groups, "_takes_descriptors", lambda x, W_enc: True)
+    x, W_enc = lattice(200, 24).to(dtype), lattice(600, 24).to(dtype).t()
+    b_enc = torch.randperm(600) * 2.0**-18
+    acts, indices = kernel.select_topk(x, W_enc, b_enc, 3, None, signed)
+    exact = x.double() @ W_enc.double() + b_enc
+    expected = (exact if signed else exact.relu()).topk(3)
+    assert torch.equal(acts.double(), expected.values)
+    assert torch.equal(indices.long(), expected.indices)
 
 
 def test_rows_longer_than_one_block_are_exact(monkeypatch):

@@ -19,7 +19,7 @@ def sparse_decode(
 
     Args:
         code: acts and indices [..., K], or a ragged code of B rows (then x_hat is [B, D]).
-        W_dec: [F, D] or [F, T, D], one row a latent.
+        W_dec: [F, D] or [F, T, D], one row a latent; `triton` wants a row's elements side by side.
         b_dec: [D] or [T, D], or None.
         impl: `auto`, `triton`, `eager` or `reference`.
 

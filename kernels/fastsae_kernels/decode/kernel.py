@@ -114,8 +114,8 @@ def check_weight_rows(weight: Tensor) -> None:
     # Not copied here: it would be the whole dictionary, at every call.
     if weight.shape[1] > 1 and weight.stride(1) != 1:
         raise ValueError(
-            "weight must hold the elements of each row side by side (stride(1) == 1), got strides "
-            f"{weight.stride()} for shape {list(weight.shape)}; pass weight.contiguous()"
+            "W_dec must hold the elements of each row side by side (stride(1) == 1), got strides "
+            f"{weight.stride()} for shape {list(weight.shape)}; pass W_dec.contiguous()"
         )
 
 

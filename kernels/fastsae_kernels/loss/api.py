@@ -48,7 +48,8 @@ def mse_l1_loss(
     Args:
         x: [..., D] targets (D is W_dec's, which need not be the encoder's), or [..., T, D].
         code: acts and indices [..., K], or a ragged code of B rows.
-        W_dec: [F, D], or [F, T, D] for T targets, whose errors are summed like those of D.
+        W_dec: [F, D], or [F, T, D] for T targets, whose errors are summed like those of D;
+            `triton` wants a row's elements side by side.
         b_dec: [D] or [T, D].
         l1_weight: [F], usually the norms of W_dec's rows, or None for ones.
         row_weight: [...] >= 0, a constant: each mean over rows becomes

@@ -37,8 +37,8 @@ def topk_encode(
             the code holds this shard's latents among a row's k largest, and acts of 0 in the slots
             of others. None: W_enc is whole.
         impl: `auto`, `triton`, `eager` or `reference` (which reads W_enc itself). Few latents or a
-            large k, less than k groups of 16 latents, take `eager` on any device: a selection that
-            keeps one in four latents has nothing to leave out.
+            large k, fewer than 4 k groups of 16 latents, take `eager` on any device: where more
+            than one latent in 64 is kept, too many would be scored twice.
 
     Returns:
         `SparseCode`: acts [..., k] in fp32 (fp64 for fp64 inputs) by value descending, lowest index

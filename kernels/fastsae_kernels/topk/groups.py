@@ -406,19 +406,29 @@ def _descriptors(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[object, object]:
 
 
 def _group_top2_spec(
-    dtype: str, tile: Tile, size: int, descriptors: bool, default: bool, **changed: bool
+    dtype: str,
+    tile: Tile,
+    size: int,
+    descriptors: bool,
+    default: bool = True,
+    *,
+    weight: str = "",
+    note: str = "",
+    **changed: bool,
 ) -> Spec:
-    operands = {"x": f"*{dtype}", "W_enc": f"*{dtype}"}
+    weight = weight or dtype
+    operands = {"x": f"*{dtype}", "W_enc": f"*{weight}"}
     if descriptors:
         operands = {
             "x": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>",
-            "W_enc": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>",
+            "W_enc": f"tensordesc<{weight}[{tile.columns},{tile.depth}]>",
         }
     keys = dict.fromkeys(("first_keys", "second_keys", "rest"), "*i32")
     sizes = dict.fromkeys(("n_rows", "d_in", "d_sae", "n_groups", "stride_x", "stride_f"), "i32")
     return Spec(
-        f"topk.group_top2[{dtype}, {'x'.join(map(str, tile))}, groups of {size}"
-        f"{', descriptors' if descriptors else ''}]",
+        f"topk.group_top2[{dtype}{f' by {weight}' if weight != dtype else ''}, "
+        f"{'x'.join(map(str, tile))}, groups of {size}"
+        f"{', descriptors' if descriptors else ''}]{f', {note}' if note else ''}",
         _group_top2,
         {**operands, "offset": "*fp32", "scale": "*fp32", "limit": "*fp32", **keys, **sizes},
         {
@@ -445,18 +455,23 @@ def _group_top2_spec(
 
 
 def specs() -> Iterator[Spec]:
+    of = _group_top2_spec
     for dtype, tiles in (("bf16", HALF_TILES), ("fp32", FLOAT_TILES)):
         for number, tile in enumerate(tiles):
             for size in GROUP_SIZES:
                 for descriptors in (False, True):
-                    yield _group_top2_spec(dtype, tile, size, descriptors, number == 0)
-        uneven = _group_top2_spec(dtype, tiles[0], 64, False, True, EVEN=False)
-        yield uneven._replace(name=f"{uneven.name}, uneven")
+                    yield of(dtype, tile, size, descriptors, number == 0)
         tile = SMALL_TILE if dtype == "bf16" else tiles[0]
-        signed = _group_top2_spec(dtype, tile, 64, False, True, EVEN=False, SIGNED=True)
-        yield signed._replace(name=f"{signed.name}, signed")
-        limits = _group_top2_spec(
-            dtype, tile, 64, False, True, EVEN=False, SIGNED=True, LIMITED=True
-        )
-        yield limits._replace(name=f"{limits.name}, limits")
-    yield _group_top2_spec("bf16", HIP_TILE, 64, False, True)
+        for descriptors in (False, True):
+            yield of(dtype, tiles[0], 64, descriptors, note="uneven", EVEN=False)
+            yield of(dtype, tile, 64, descriptors, note="signed", EVEN=False, SIGNED=True)
+            yield of(
+                dtype, tile, 64, descriptors, note="limits", EVEN=False, SIGNED=True, LIMITED=True
+            )
+        yield of(dtype, tiles[0], 64, True, note="unscaled", SCALED=False)
+    for descriptors in (False, True):
+        yield of("fp16", HALF_TILES[0], 64, descriptors)
+    yield of("bf16", SMALL_TILE, 64, True, weight="fp32", note="signed", SIGNED=True, SCALED=False)
+    yield of("bf16", SMALL_TILE, 64, True, weight="fp32")
+    yield of("fp32", FLOAT_TILES[0], 64, True, weight="bf16")
+    yield of("bf16", HIP_TILE, 64, False)

@@ -36,7 +36,7 @@ from fastsae_kernels.topk.keys import (
     second_member,
     values_from,
 )
-from fastsae_kernels.topk.scores import TRITON_TYPES, score
+from fastsae_kernels.topk.scores import AOT_TYPES, TRITON_TYPES, score
 from fastsae_kernels.topk.scores import specs as score_specs
 
 NO_ENTRY = tl.constexpr(-(2**63))
@@ -443,18 +443,23 @@ def specs() -> Iterator[Spec]:
     for dtype in ("bf16", "fp32"):
         for k in (16, 64):
             for size in GROUP_SIZES:
-                yield _merge_spec(dtype, k, size)
+                yield _merge_spec(dtype, dtype, k, size)
+    yield _merge_spec("fp16", "fp16", 64, 64)
+    yield _merge_spec("bf16", "bf16", 64, 64, ", unscaled", SCALED=False)
+    yield _merge_spec("bf16", "fp32", 64, 64, ", signed, unscaled", SIGNED=True, SCALED=False)
     for k in (16, 64):
         yield _sort_spec(k)
     for block in (512, 2048, 4096, MOST_RESIDENT):
         yield _select_spec(block, block != 512)
+    yield _select_spec(2048, True, ", signed", SIGNED=True, SUBSETS=0)
+    yield _select_spec(MOST_RESIDENT, True, " and more", ONE_BLOCK=False, SUBSETS=0)
 
 
-def _select_spec(block: int, default: bool) -> Spec:
+def _select_spec(block: int, default: bool, note: str = "", **changed: int) -> Spec:
     pointers = dict.fromkeys(("first_keys", "second_keys", "rest", "open_groups", "n_open"), "*i32")
     rows = max(1, WARP_GROUPS // block)
     return Spec(
-        f"topk.select_groups[{block} groups]",
+        f"topk.select_groups[{block} groups{note}]",
         _select_groups,
         {**pointers, "entries": "*i64", **dict.fromkeys(("n_rows", "n_groups", "k"), "i32")},
         {
@@ -467,6 +472,7 @@ def _select_spec(block: int, default: bool) -> Spec:
             "STEP": _select_step(block, rows),
             "SLOTS": FREE_SLOTS,
             "SUBSETS": 64,
+            **changed,
         },
         _select_warps(block),
         default=default,
@@ -485,25 +491,29 @@ def _sort_spec(k: int) -> Spec:
     )
 
 
-def _merge_spec(dtype: str, k: int, size: int) -> Spec:
-    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
+def _merge_spec(
+    dtype: str, weight: str, k: int, size: int, note: str = "", **changed: bool
+) -> Spec:
+    pointers = {"x": f"*{dtype}", "W_enc": f"*{weight}", "offset": "*fp32", "scale": "*fp32"}
     pointers |= {"in_order": "*i64", "spare": "*i64", "open_groups": "*i32", "n_open": "*i32"}
     pointers |= {"acts": "*fp32", "indices": "*i32"}
     sizes = ("n_rows", "d_in", "d_sae", "k", "stride_x", "stride_f")
     return Spec(
-        f"topk.merge_open_groups[{dtype}, k = {k}, groups of {size}]",
+        f"topk.merge_open_groups[{dtype}{f' by {weight}' if weight != dtype else ''}, "
+        f"k = {k}, groups of {size}{note}]",
         _merge_open_groups,
         {**pointers, **dict.fromkeys(sizes, "i32")},
         {
             "stride_d": 1,
             "SCALED": True,
             "SIGNED": False,
-            "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
+            "PRODUCT": AOT_TYPES[dtype],
             "SIZE": size,
             "COLUMNS": 256,
             "ROWS": 1,
             "CHUNK": _merge_chunk(k),
-            "DEPTH": MERGE_BYTES // {"bf16": 2, "fp32": 4}[dtype] // size,
+            "DEPTH": MERGE_BYTES // (4 if weight == "fp32" else 2) // size,
+            **changed,
         },
         num_warps=MERGE_WARPS,
         max_registers=MERGE_REGISTERS,

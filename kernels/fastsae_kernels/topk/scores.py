@@ -10,8 +10,11 @@ from fastsae_kernels._triton import Spec, device_of, jit
 from fastsae_kernels.topk.keys import LOWEST, Layout, column, keys_from
 
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+AOT_TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
 SCORING_PROGRAMS = 2048
 """How many groups are listed only the device knows: so many programs share them."""
+WIDENED_REGISTERS = 128
+"""Of half-precision rows by fp32 weights, where the compiler by itself stops at 96 and spills."""
 
 
 @jit
@@ -115,6 +118,7 @@ def score_groups(
     """
     if len(rows) == 0:
         return
+    widened = W_enc.element_size() > x.element_size()
     with device_of(x):
         _score_groups[(min(len(rows), SCORING_PROGRAMS),)](
             x,
@@ -136,28 +140,32 @@ def score_groups(
             COLUMNS=layout.columns,
             DEPTH=4096 // layout.size,
             num_warps=4,
+            **({"maxnreg": WIDENED_REGISTERS} if widened and not torch.version.hip else {}),
         )
 
 
 def specs() -> Iterator[Spec]:
-    for dtype in ("bf16", "fp32"):
-        yield _score_spec(dtype)
+    for dtype in ("bf16", "fp32", "fp16"):
+        yield _score_spec(dtype, dtype)
+    yield _score_spec("bf16", "fp32", ", signed, unscaled", SCALED=False, SIGNED=True)
 
 
-def _score_spec(dtype: str) -> Spec:
-    pointers = {"x": f"*{dtype}", "W_enc": f"*{dtype}", "offset": "*fp32", "scale": "*fp32"}
+def _score_spec(dtype: str, weight: str, note: str = "", **changed: bool) -> Spec:
+    pointers = {"x": f"*{dtype}", "W_enc": f"*{weight}", "offset": "*fp32", "scale": "*fp32"}
     pointers |= {"rows": "*i32", "groups": "*i32", "n_listed": "*i32", "keys": "*i32"}
     return Spec(
-        f"topk.score_groups[{dtype}]",
+        f"topk.score_groups[{dtype}{f' by {weight}' if weight != dtype else ''}{note}]",
         _score_groups,
         {**pointers, **dict.fromkeys(("d_in", "d_sae", "stride_x", "stride_f"), "i32")},
         {
             "stride_d": 1,
             "SCALED": True,
             "SIGNED": False,
-            "PRODUCT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
+            "PRODUCT": AOT_TYPES[dtype],
             "SIZE": 64,
             "COLUMNS": 256,
             "DEPTH": 64,
+            **changed,
         },
+        max_registers=WIDENED_REGISTERS if weight != dtype else None,
     )
