@@ -47,7 +47,7 @@ KERNEL_SHAPES = [Shape(5, 8, 97, 1), Shape(2, 6, 150, 1), Shape(3, 7, 257, 1)]
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 def test_kernels_match_reference(shape, dtype, scaled, monkeypatch):
     kernel = pytest.importorskip("fastsae_kernels.topk.kernel")
