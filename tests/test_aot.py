@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 
 from bench import aot  # noqa: E402
 from bench.pages import between_markers  # noqa: E402
-from fastsae_kernels.topk import groups  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 OLD = "3.6.0"
@@ -75,12 +74,15 @@ def test_default_kernels_compile_and_spill_nothing_on_sm_90(compiled, triton):
 
 @pytest.mark.slow
 def test_default_kernels_compile_for_every_target():
+    # Not on top: what imports the kernels is taken for a test that a GPU should run.
+    from fastsae_kernels.topk.groups import HIP_TILE
+
     found = compiled_by_both(EVERYWHERE, EVERYWHERE)
-    for triton in ("installed", OLD):
-        check(found, triton, aot.TARGETS)
-    launched = "x".join(map(str, groups.HIP_TILE))
+    launched = "x".join(map(str, HIP_TILE))
     hip = [row for row in found["installed"] if row.target == "gfx942" and launched in row.kernel]
     assert hip and all(row.fits() for row in hip)
+    for triton in ("installed", OLD):
+        check(found, triton, aot.TARGETS)
 
 
 def test_every_kernel_file_has_default_configurations():

@@ -130,7 +130,8 @@ def check_code(code: SparseCode | RaggedCode, d_sae: int) -> None:
         raise ValueError(f"acts must have shape [..., K] with K >= 1, got {list(acts.shape)}")
     if code.groups is not None:
         check_shape("code.groups.offsets", code.groups.offsets, "[F + 1]", (d_sae + 1,))
-    if acts.numel() > MOST_ENTRIES:
+    # While a graph is traced nobody knows how many entries a ragged code has.
+    if not torch.compiler.is_compiling() and acts.numel() > MOST_ENTRIES:
         raise ValueError(
             f"acts must hold at most 2^31 - 1 entries (positions are int32), got {acts.numel()}"
         )
