@@ -1,6 +1,6 @@
 """The whole comparison in one command.
 
-    python -m bench                     # steps, ops, scaling, end to end: under 20 minutes
+    python -m bench                     # steps, ops, scaling, end to end: some 25 minutes
     python -m bench --quick             # a small step beside every library, in a minute
     python -m bench --quick --case gpt2-small-24k --providers fastsae sae-lens mine.py:step
     python -m bench --parts step ops    # only these; pipeline and quality on request
