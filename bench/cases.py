@@ -4,6 +4,7 @@ import difflib
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,11 @@ class Case:
     D: int
     F: int
     K: int
+
+
+def shape_of(case: Case) -> dict[str, Any]:
+    """What every row of a case says of it."""
+    return {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
 
 
 CASES = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import CASES, Case, find_case
+from bench.cases import CASES, Case, find_case, shape_of
 from bench.measure import interleaved, out_of_memory, peak_mib, quantiles, times_as_long, why
 from bench.record import append
 from bench.rivals import BY_NORM, NO_RIVAL, OPS, Inputs
@@ -75,8 +75,7 @@ def times(
 
 def described(name: str, case: Case) -> Row:
     """What all rows of an op say."""
-    shape = {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
-    return {"bench": "ops", "op": name, **shape}
+    return {"bench": "ops", "op": name, **shape_of(case)}
 
 
 def _timed(

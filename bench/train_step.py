@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Start, batch, find_case, rows
+from bench.cases import Case, Start, batch, find_case, rows, shape_of
 from bench.measure import (
     OUT_OF_MEMORY,
     differs,
@@ -106,8 +106,7 @@ def times(
 
 def described(case: Case, dead: float, skewed: bool, shards: Path | None) -> Row:
     """What all rows of these steps say."""
-    called = case.name + "-harvested" * (shards is not None)
-    shape = {"case": called, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
+    shape = shape_of(case if shards is None else replace(case, name=f"{case.name}-harvested"))
     usage = "skewed" if skewed else "uniform"
     return {"bench": "train_step", **shape, "dead": dead, "usage": usage}
 

@@ -1,7 +1,5 @@
 """The ops `row_adam` and `lazy_row_adam`: kernels and eager against the reference."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -12,23 +10,14 @@ from fastsae_kernels import (
     group_by_latent,
     mse_l1_loss,
     row_adam,
-    workspace,
 )
 from fastsae_kernels._row_grads import PairGrad, SubsetGrad
 from fastsae_kernels.code import LatentGroups
 from fastsae_kernels.optimizer import lazy_row_adam, row_grad_norm
 from fastsae_kernels.optimizer.rounding import hash_bits, stochastic_round
+from row_grads import device_for, pair_grad, start_of, subset_grad
 
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
 LEAN = ("triton", "eager")
-
-
-def device_for(impl):
-    """Where an implementation runs; the kernels without a GPU in Triton's interpreter."""
-    if impl != "triton":
-        return "cpu"
-    pytest.importorskip("triton")
-    return GPU
 
 
 @pytest.fixture
@@ -46,19 +35,6 @@ def narrow_programs(monkeypatch):
     monkeypatch.setattr("fastsae_kernels.grouping.kernel._MOST_COLS", 16)
 
 
-def pair_grad(B=20, K=3, F=12, D=33, dtype=torch.float32):
-    """Latent 2 on every row, latents 7 to 9 on none."""
-    weights = torch.linspace(1, 0.1, F).expand(B, F).clone()
-    weights[:, 2], weights[:, 7:10] = 1e6, 0
-    indices = torch.multinomial(weights, K).int()
-    groups = group_by_latent(SparseCode(torch.rand(B, K) + 0.1, indices), F)
-    return PairGrad(groups, torch.randn(B * K), torch.randn(B, D).to(dtype))
-
-
-def subset_grad(*latents, D=33):
-    return SubsetGrad(torch.tensor(latents, dtype=torch.int64), torch.randn(len(latents), D))
-
-
 def moved(grad, device):
     if isinstance(grad, PairGrad):
         groups = LatentGroups(*(t.to(device) for t in grad.groups))
@@ -66,16 +42,6 @@ def moved(grad, device):
     if isinstance(grad, SubsetGrad):
         return SubsetGrad(grad.latents.to(device), grad.values.to(device))
     return DenseGrad(grad.values.to(device))
-
-
-def start_of(F=12, D=33, moments=torch.float32, copy=None):
-    """Weight (a row of it 0), moments and copy, the same at each call."""
-    rng = torch.Generator().manual_seed(7)
-    weight, m = torch.randn(2, F, D, generator=rng)
-    weight[4] = 0
-    v = torch.rand(F, D, generator=rng)
-    copies = [] if copy is None else [torch.zeros(F, D, dtype=copy)]
-    return [weight, m.to(moments), v.to(moments), *copies]
 
 
 def updated(impl, grads, run=row_adam, start=None, copy=None, moments=torch.float32, **options):
@@ -326,96 +292,6 @@ def test_bf16_moments_have_the_same_bits_in_kernel_and_eager():
     eager, triton = (updated(impl, grads, moments=torch.bfloat16) for impl in ("eager", "triton"))
     for name in (1, 2):  # rounding of the fp32 numbers may still tip one or another
         assert (eager[name] == triton[name]).float().mean() > 0.99
-
-
-def test_what_the_kernels_cannot_take_is_refused():
-    device = device_for("triton")
-    weight = torch.zeros(4, 3, device=device, dtype=torch.float64)
-    with pytest.raises(TypeError, match="float64"):
-        row_adam(weight, [], weight.clone(), weight.clone(), step=1, lr=0.1, impl="triton")
-    row_adam(weight, [], weight.clone(), weight.clone(), step=1, lr=0.1)
-
-
-def test_bad_arguments_are_refused():
-    weight = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match="exp_avg must have weight's shape and strides"):
-        row_adam(weight, [], torch.zeros(3, 4).t(), torch.zeros(4, 3), step=1, lr=0.1)
-    with pytest.raises(ValueError, match="step must be at least 1, got 0"):
-        row_adam(weight, [], weight.clone(), weight.clone(), step=0, lr=0.1)
-    with pytest.raises(ValueError, match=r"weight must be contiguous \[F, D\]"):
-        row_adam(weight.t(), [], weight.t().clone(), weight.t().clone(), step=1, lr=0.1)
-    zeros = torch.zeros_like
-    with pytest.raises(TypeError, match="exp_avg_sq must be torch.bfloat16 or torch.float32, got"):
-        row_adam(weight, [], zeros(weight), zeros(weight).half(), step=1, lr=0.1)
-    with pytest.raises(TypeError, match="copy must be torch.bfloat16 or torch.float16, got"):
-        row_adam(weight, [], *[zeros(weight)] * 2, step=1, lr=0.1, copy=zeros(weight))
-    with pytest.raises(ValueError, match="copy must have weight's shape and strides"):
-        row_adam(weight, [], *[zeros(weight)] * 2, step=1, lr=0.1, copy=zeros(weight)[:2].half())
-    with pytest.raises(
-        ValueError, match=r"grads\[0\] must be of weight's rows \[F, D\] = \[4, 3\]"
-    ):
-        lazy_row_adam(weight, [subset_grad(1)], *[zeros(weight)] * 2, step=1, lr=0.1)
-    with pytest.raises(ValueError, match=r"got \[12, 33\]"):
-        row_grad_norm(weight, [pair_grad()])
-    with pytest.raises(ValueError, match="grad_scale must be 0-dim"):
-        row_adam(weight, [], *[zeros(weight)] * 2, step=1, lr=0.1, grad_scale=torch.ones(2))
-    away = zeros(weight, device="meta")
-    with pytest.raises(ValueError, match="weight on cpu, exp_avg on cpu, exp_avg_sq on meta"):
-        row_adam(weight, [], zeros(weight), away, step=1, lr=0.1)
-    with pytest.raises(ValueError, match=r"weight on cpu, grads\[0\].values on meta"):
-        row_adam(weight, [DenseGrad(away)], *[zeros(weight)] * 2, step=1, lr=0.1)
-    wide, pairs = torch.zeros(12, 33), pair_grad()
-    with pytest.raises(ValueError, match=r"grads\[0\].coef on meta"):
-        row_grad_norm(wide, [PairGrad(pairs.groups, pairs.coef.to("meta"), pairs.operand)])
-    with pytest.raises(ValueError, match="budget must be at least 1 MiB"), workspace(5):
-        pass
-
-
-def bad_grads():
-    pairs, subset = pair_grad(), subset_grad(1, 4)
-    groups = pairs.groups
-    with_groups = lambda **parts: replace(pairs, groups=groups._replace(**parts))
-    return {
-        "latent": (
-            subset_grad(1, 12),
-            r"latents must be in \[0, F\) with F = 12",
-        ),
-        "order": (subset_grad(4, 1), "latents must ascend, got a step of -3"),
-        "twice": (subset_grad(4, 4), "latents must ascend, got a step of 0"),
-        "lengths": (
-            replace(subset, values=subset.values[:1]),
-            r"latents must have shape .* \[1\]",
-        ),
-        "float latents": (replace(subset, latents=torch.ones(2)), "latents must be int32 or int64"),
-        "int values": (replace(subset, values=subset.values.int()), "values must be a floating"),
-        "long coef": (replace(pairs, coef=torch.ones(61)), r"coef must have shape \[P\] = \[60\]"),
-        "short coef": (replace(pairs, coef=torch.ones(59)), r"coef must have shape \[P\] = \[60\]"),
-        "int coef": (replace(pairs, coef=pairs.coef.int()), "coef must be a floating dtype"),
-        "int operand": (replace(pairs, operand=pairs.operand.int()), "operand must be a floating"),
-        "short rows": (with_groups(rows=groups.rows[1:]), r"rows must have shape \[P\] = \[60\]"),
-        "row": (with_groups(rows=groups.rows + 1), r"rows must be in \[0, B\) with B = 20, got"),
-        "offsets": (with_groups(offsets=groups.offsets + 9), "offsets must rise from 0"),
-        "fall": (
-            with_groups(offsets=groups.offsets.flip(0)),
-            "offsets must rise from 0",
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", bad_grads())
-def test_bad_gradient_is_refused(name):
-    grad, message = bad_grads()[name]
-    weight, m, v = start_of()
-    with pytest.raises((TypeError, ValueError), match=message):
-        row_adam(weight, [grad], m, v, step=1, lr=0.1)
-    with pytest.raises((TypeError, ValueError), match=message):
-        row_grad_norm(weight, [grad])
-
-
-def test_a_weight_that_is_not_floating_is_refused():
-    weight = torch.zeros(4, 3, dtype=torch.int32)
-    with pytest.raises(TypeError, match="weight must be a floating dtype"):
-        row_adam(weight, [], weight.clone(), weight.clone(), step=1, lr=0.1)
 
 
 @pytest.mark.parametrize("impl", (*LEAN, "reference"))

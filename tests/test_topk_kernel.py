@@ -10,7 +10,7 @@ from parity import DEVICE, lattice
 
 triton = pytest.importorskip("triton")
 
-from fastsae_kernels.topk import groups, kernel, keys  # noqa: E402
+from fastsae_kernels.topk import groups, kernel, keys, selection  # noqa: E402
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -99,7 +99,7 @@ def test_what_hopper_runs_is_exact(dtype, signed, monkeypatch):
 
 
 def test_rows_longer_than_one_block_are_exact(monkeypatch):
-    monkeypatch.setattr(kernel, "MOST_RESIDENT", 16)
+    monkeypatch.setattr(selection, "MOST_RESIDENT", 16)
     scores = families(700)
     check_exact(scores, encode_scores(scores, 9))
 

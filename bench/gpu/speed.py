@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import ops
-from bench.cases import Case, rows
+from bench.cases import Case, rows, shape_of
 from bench.gpu.harness import (
     DEVICE,
     DRY,
@@ -41,10 +41,6 @@ OPTIMIZER_BYTES = 26
 
 SLOW_OPS = {"relu_l1_loss fwd+bwd": 15}
 """Seconds of an op with its rivals where they are more than four: here five products in fp32."""
-
-
-def shape_of(case: Case) -> Row:
-    return {"case": case.name, "B": case.B, "D": case.D, "F": case.F, "K": case.K}
 
 
 def tiles() -> list[Any]:

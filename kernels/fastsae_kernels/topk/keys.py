@@ -15,6 +15,8 @@ from fastsae_kernels._triton import jit
 LOWEST = tl.constexpr(-(2**31))
 """Below every key: a column that does not exist."""
 HIGHEST = tl.constexpr(2**31 - 1)
+NO_ENTRY = tl.constexpr(-(2**63))
+"""Below every entry."""
 GROUP_SIZES = (64, 32, 16)
 
 
@@ -45,6 +47,12 @@ def keys_from(values, SIGNED: tl.constexpr):
 def values_from(keys):
     """The fp32 values of keys."""
     return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def entry_of(keys, columns):
+    """int64 in the order of an entry's rank: by key, the lower column first among equals."""
+    return (keys.to(tl.int64) << 32) | (columns ^ HIGHEST).to(tl.int64)
 
 
 @jit

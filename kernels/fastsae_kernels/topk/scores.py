@@ -144,6 +144,11 @@ def score_groups(
         )
 
 
+def by(weight: str, dtype: str) -> str:
+    """Of a spec's name: weights that have another dtype than the rows."""
+    return "" if weight == dtype else f" by {weight}"
+
+
 def specs() -> Iterator[Spec]:
     for dtype in ("bf16", "fp32", "fp16"):
         yield _score_spec(dtype, dtype)
@@ -154,7 +159,7 @@ def _score_spec(dtype: str, weight: str, note: str = "", **changed: bool) -> Spe
     pointers = {"x": f"*{dtype}", "W_enc": f"*{weight}", "offset": "*fp32", "scale": "*fp32"}
     pointers |= {"rows": "*i32", "groups": "*i32", "n_listed": "*i32", "keys": "*i32"}
     return Spec(
-        f"topk.score_groups[{dtype}{f' by {weight}' if weight != dtype else ''}{note}]",
+        f"topk.score_groups[{dtype}{by(weight, dtype)}{note}]",
         _score_groups,
         {**pointers, **dict.fromkeys(("d_in", "d_sae", "stride_x", "stride_f"), "i32")},
         {
