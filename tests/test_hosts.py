@@ -139,6 +139,17 @@ def test_the_bridge_carries_saes(bridge):
     assert_same(bridge(TOKENS), clean)
 
 
+def test_what_a_hook_does_not_implement_is_not_swallowed():
+    sae = hooked(make())
+
+    def unfinished(acts, hook):
+        raise NotImplementedError("mine")
+
+    sae.hook_sae_acts_pre.add_hook(unfinished)
+    with pytest.raises(NotImplementedError, match="mine"):
+        sae.encode(torch.ones(1, D))
+
+
 def test_the_context_puts_back_what_was_there(bridge):
     first, second = hooked(make()), hooked(make("standard"))
     bridge.add_sae(first)

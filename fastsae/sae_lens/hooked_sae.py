@@ -88,9 +88,11 @@ class HookedSAE(SAE):
             return super().encode(x)
         x = self.hook_sae_input(x)
         try:
-            acts = self.acts_of(self.hook_sae_acts_pre(self.pre_acts(x)), x)
-        except NotImplementedError:  # matching pursuit has no pre-activations
+            pre_acts = self.pre_acts(x)
+        except NotImplementedError:  # matching pursuit has none
             acts = super().encode(x)
+        else:
+            acts = self.acts_of(self.hook_sae_acts_pre(pre_acts), x)
         return self.hook_sae_acts_post(acts)
 
     def _decode_dense(self, acts: Tensor) -> Tensor:
